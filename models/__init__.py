@@ -1,0 +1,1 @@
+"""Meta-models to start from."""

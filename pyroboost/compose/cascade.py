@@ -1,0 +1,191 @@
+"""Cascade boosting: a chain of meta-models that is a meta-model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, overload
+
+import pyro
+from torch import Tensor, nn
+
+from pyroboost.compose._chain import Chain, ChainProgram
+from pyroboost.likelihood import Likelihood
+from pyroboost.metamodel import MetaModel, Round
+
+__all__ = ["Cascade"]
+
+Positions = tuple[int, ...] | None
+
+
+def _flatten(stages: Sequence[MetaModel], args: Sequence[Positions]) -> tuple[list, list]:
+    """Replace cascades among the stages by their own stages, and compose their arguments."""
+    flat: list[MetaModel] = []
+    positions: list[Positions] = []
+    for index, (stage, outer) in enumerate(zip(stages, args, strict=True)):
+        if not isinstance(stage, Cascade):
+            flat.append(stage)
+            positions.append(outer)
+            continue
+        for inner_index, (inner, own) in enumerate(zip(stage, stage.args, strict=True)):
+            flat.append(inner)
+            if own is None:
+                positions.append(outer if inner_index == 0 else None)
+            elif outer is None:
+                positions.append(own if index == 0 else ())
+            else:
+                positions.append(tuple(outer[p] for p in own))
+    return flat, positions
+
+
+class Cascade(MetaModel):
+    r"""A chain of meta-models in which each models the hidden variable of the one below.
+
+    $$p(x, h_1, \dots, h_k) = m_k(h_{k-1}, h_k) \prod_{i<k} m_i(h_{i-1} \mid h_i), \qquad
+    q(h_1, \dots, h_k \mid x) = \prod_i q_i(h_i \mid h_{i-1}), \qquad h_0 = x$$
+
+    A cascade is itself a pair: ``cascade.model`` and ``cascade.guide`` go wherever Pyro takes a
+    pair, so that fine-tuning all stages together is plain ``SVI``. Cascades among the stages are
+    replaced by their own stages: ``Cascade(a, b, c)``, ``Cascade(Cascade(a, b), c)`` and
+    ``Cascade(a, Cascade(b, c))`` are one model. ``cascade[i]`` is a stage and a slice is a cascade
+    of the same stages, not of copies.
+
+    Names: the visible site keeps its name; every other site of stage i is ``"i.name"``; plates
+    that a stage shares with the bottom stage are one plate, with one subsample and one scale.
+
+    Args:
+        *stages: meta-models, bottom first.
+        args: for each stage the positions of the further arguments that it takes; ``None`` for all
+            of them in the bottom stage and none elsewhere.
+
+    Raises:
+        ValueError: stages do not fit together, or share a parameter.
+
+    Example:
+        >>> import torch
+        >>> from pyroboost.models import GMM, VAE
+        >>> cascade = Cascade(VAE(6, 2, units=8), GMM(3, 2))
+        >>> cascade
+        Cascade(0: VAE('x' | 'z'), 1: GMM('x' | 'component'))
+        >>> cascade.sample(4).shape, cascade.encode(torch.zeros(4, 6)).shape
+        (torch.Size([4, 6]), torch.Size([4]))
+
+    Reference:
+        Cascaded meta-models, Eq. 3 and 4.
+    """
+
+    def __init__(self, *stages: MetaModel, args: Sequence[Positions] | None = None) -> None:
+        nn.Module.__init__(self)
+        if not stages:
+            raise ValueError("Cascade: there is no stage; pass at least one meta-model.")
+        for index, stage in enumerate(stages):
+            if not isinstance(stage, MetaModel):
+                raise TypeError(
+                    f"Cascade: stage {index} is {type(stage).__name__}, not a meta-model; wrap the "
+                    "pair in MetaModel(model, guide, visible=..., hidden=...)."
+                )
+        args = [None] * len(stages) if args is None else list(args)
+        if len(args) != len(stages):
+            raise ValueError(
+                f"Cascade: args has {len(args)} entries for {len(stages)} stages; give one each."
+            )
+        flat, self.args = _flatten(stages, args)
+        chain = Chain(flat, self.args)
+        self.stages = chain.stages
+        # The programs hold the stages too; only `stages` is registered, so that names stay short.
+        object.__setattr__(self, "_chain", chain)
+        object.__setattr__(self, "model", ChainProgram(chain, "model"))
+        object.__setattr__(self, "guide", ChainProgram(chain, "guide"))
+        self.visible, self.hidden = chain.visible, chain.name(len(flat) - 1, flat[-1].hidden)
+        self.hidden_shape = flat[-1].hidden_shape
+
+    @property
+    def visible_shape(self) -> tuple[int, ...] | None:
+        """Shape of one datum, as the bottom stage knows it."""
+        return self.stages[0].visible_shape
+
+    @visible_shape.setter
+    def visible_shape(self, shape: tuple[int, ...] | None) -> None:
+        self.stages[0].visible_shape = shape
+
+    @property
+    def marginal(self) -> Callable[..., Any] | None:
+        """The model with the top stage's hidden site summed out; ``None`` where it cannot be."""
+        return ChainProgram(self._chain, "marginal") if self.stages[-1].marginal else None
+
+    def __len__(self) -> int:
+        return len(self.stages)
+
+    def __iter__(self) -> Iterator[MetaModel]:
+        return iter(self.stages)
+
+    @overload
+    def __getitem__(self, index: int) -> MetaModel: ...
+    @overload
+    def __getitem__(self, index: slice) -> Cascade: ...
+    def __getitem__(self, index: int | slice) -> MetaModel:
+        if isinstance(index, slice):
+            return Cascade(*list(self.stages)[index], args=self.args[index])
+        return list(self.stages)[index]
+
+    def __add__(self, stage: MetaModel) -> Cascade:
+        """Return the cascade with one more stage on top; the stages are the same objects."""
+        return Cascade(self, stage)
+
+    def __repr__(self) -> str:
+        stages = (f"{i}: {type(s).__name__}('{s.visible}' | '{s.hidden}')" for i, s in enumerate(self))
+        return f"Cascade({', '.join(stages)})"
+
+    def log_marginal(self, x: Tensor, *args: Any) -> Likelihood | None:
+        """Return what a cascade of one stage knows of log m(x); ``None`` for more stages."""
+        return self.stages[0].log_marginal(x, *args) if len(self) == 1 else None
+
+    def log_prior(self, h: Tensor, *args: Any, template: Tensor | None = None) -> Likelihood:
+        """Return log m_k(h_k) per datum, as the top stage says it."""
+        return self.stages[-1].log_prior(h)
+
+    def objective(self) -> Callable[..., Tensor] | None:
+        """Return the own loss of a cascade of one stage."""
+        return self.stages[0].objective() if len(self) == 1 else None
+
+    def refresh(self) -> None:
+        """Refresh the cached normalisers of all stages."""
+        for stage in self.stages:
+            stage.refresh()
+
+    def stage_args(self, args: Sequence[Any]) -> list[tuple[Any, ...]]:
+        """Return the further arguments of each stage."""
+        return [self._chain.args_of(i, args) for i in range(len(self))]
+
+    def climb(self, x: Tensor, *args: Any, stages: int | None = None) -> list[Tensor]:
+        r"""Draw $h_1, \dots, h_k$ from the guide without gradients, in eval mode.
+
+        Args:
+            x: data.  # (N, ...)
+            *args: further arguments.
+            stages: how many stages to climb; all of them when left out.
+
+        Returns:
+            The hidden values, bottom first.
+        """
+        values = []
+        for stage, own in list(zip(self.stages, self.stage_args(args), strict=True))[:stages]:
+            x = stage.encode(x, *own)
+            values.append(x)
+        return values
+
+    def rounds(self, data: Any, validation: Any = None) -> Iterator[Round]:
+        """Yield one round per stage, bottom first: it is trained on h drawn afresh from below."""
+        for index, stage in enumerate(self.stages):
+            below = _Below(self, index) if index else None
+            yield Round(stage, data, validation, f"{index}.{type(stage).__name__}", below)
+
+
+class _Below:
+    """Turn a batch of data into a batch for one stage: fresh draws from the stages below."""
+
+    def __init__(self, cascade: Cascade, index: int) -> None:
+        self.cascade, self.index = cascade, index
+
+    def __call__(self, x: Tensor, *args: Any) -> tuple[Any, ...]:
+        h = self.cascade.climb(x, *args, stages=self.index)[-1]
+        return h, *self.cascade.stage_args(args)[self.index]
