@@ -9,7 +9,7 @@ import pyro
 import torch
 from torch import nn
 
-__all__ = ["evaluating", "forked_rng", "local_params", "service"]
+__all__ = ["evaluating", "forked_rng", "local_params", "service", "stream_seed"]
 
 
 @contextmanager
@@ -34,6 +34,20 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
             child.training = mode
 
 
+def stream_seed(seed: int) -> int:
+    """Turn a user's seed into the seed of a stream that is ours alone.
+
+    A user who makes data under ``torch.manual_seed(0)`` and then asks for ``seed=0`` would
+    otherwise meet the very numbers that made the data again, as the noise of the guide.
+
+    Example:
+        >>> stream_seed(0) != 0, stream_seed(1) != stream_seed(0)
+        (True, True)
+    """
+    mixed = (seed + 0x9E3779B97F4A7C15) * 0xBF58476D1CE4E5B9 % 2**64
+    return (mixed ^ (mixed >> 31)) % 2**63
+
+
 @contextmanager
 def forked_rng(seed: int | None = None) -> Iterator[None]:
     """Give torch's random state back afterwards, on the CPU and on every CUDA device in use.
@@ -43,7 +57,7 @@ def forked_rng(seed: int | None = None) -> Iterator[None]:
     """
     with torch.random.fork_rng(enabled=True):
         if seed is not None:
-            torch.manual_seed(seed)
+            torch.manual_seed(stream_seed(seed))
         yield
 
 

@@ -47,7 +47,11 @@ class rename(Messenger):
     """
 
     def __init__(
-        self, sites: Names | None = None, *, plates: Names | None = None, params: Names | None = None
+        self,
+        sites: Names | None = None,
+        *,
+        plates: Names | None = None,
+        params: Names | None = None,
     ) -> None:
         super().__init__()
         self._sites, self._plates, self._params = sites, plates, params

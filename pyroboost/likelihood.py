@@ -69,7 +69,7 @@ class Likelihood:
     @property
     def mean(self) -> float:
         """Mean over the data, in nats."""
-        return float(self.value.double().mean())
+        return float(self.value.detach().double().mean())
 
     @property
     def standard_error(self) -> float:
@@ -78,7 +78,7 @@ class Likelihood:
         The spread of the values over data already holds their independent Monte Carlo errors.
         """
         n = self.value.numel()
-        spread = float(self.value.double().std()) / math.sqrt(n) if n > 1 else math.nan
+        spread = float(self.value.detach().double().std()) / math.sqrt(n) if n > 1 else math.nan
         return math.hypot(spread, self.shared_error)
 
     def __add__(self, constant: float) -> Likelihood:

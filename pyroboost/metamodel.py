@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 
 from pyroboost.contexts import forked_rng, service
 from pyroboost.handlers import capture, given, unobserve
-from pyroboost.likelihood import Likelihood
+from pyroboost.likelihood import Kind, Likelihood
 from pyroboost.program import Program
+from pyroboost.traces import datum_log_prob, latent_parents
 
 __all__ = ["MetaModel", "Round", "datum_log_prob"]
 
@@ -34,39 +36,6 @@ class Round(NamedTuple):
     validation: Any
     name: str
     transform: Callable[..., tuple[Any, ...]] | None = None
-
-
-def datum_log_prob(site: dict[str, Any], num_data: int) -> Tensor:
-    """Sum a traced site's unscaled log density to one value per datum.
-
-    The data are the plate of ``num_data``, or the leftmost batch dimension of that size.
-
-    Args:
-        site: a node of a trace after ``compute_log_prob``.
-        num_data: the number of data N.
-
-    Returns:
-        Log density per datum in nats.  # (N,)
-
-    Raises:
-        ValueError: the site has no dimension of the data's size.
-    """
-    log_prob: Tensor = site["unscaled_log_prob"]
-    mask = site["mask"]
-    if mask is not None:
-        on = torch.as_tensor(mask, device=log_prob.device)
-        log_prob = torch.where(on, log_prob, log_prob.new_zeros(()))
-    frames = [f.dim for f in site["cond_indep_stack"] if f.vectorized and f.size == num_data]
-    shape = log_prob.shape
-    dims = [d for d in frames if -d <= len(shape) and shape[d] == num_data] or [
-        i - len(shape) for i, size in enumerate(shape) if size == num_data
-    ]
-    if not dims:
-        raise ValueError(
-            f"site '{site['name']}' has log densities of shape {tuple(shape)} without a dimension "
-            f"of the {num_data} data; put it in a plate over the data."
-        )
-    return log_prob.movedim(min(dims), 0).reshape(num_data, -1).sum(-1)
 
 
 class MetaModel(nn.Module):
@@ -104,6 +73,8 @@ class MetaModel(nn.Module):
     Reference:
         Cascaded meta-models, section 2.2: meta-models $m_i(x_i, h_i)$.
     """
+
+    _checked: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -169,6 +140,7 @@ class MetaModel(nn.Module):
             Data.  # (N, ...)
         """
         template = self.template(len(h), h) if template is None else template
+        self._check_parents(template, args, around=self.visible)
         with service(self), capture(self.visible) as site, unobserve(self.visible):
             given(self.model, {self.hidden: h})(template, *args)
         return site.value.detach()
@@ -185,6 +157,21 @@ class MetaModel(nn.Module):
         """
         template = self.template(template) if isinstance(template, int) else template
         with service(self), capture(self.visible) as site, unobserve(self.visible):
+            self.model(template, *args)
+        return site.value.detach()
+
+    def sample_hidden(self, template: Tensor | int, *args: Any) -> Tensor:
+        r"""Draw $h \sim m(h)$ without gradients, in eval mode.
+
+        Args:
+            template: a tensor with the shape, dtype and device of x, or the number of draws.
+            *args: further arguments of the pair.
+
+        Returns:
+            Hidden values.  # (N, ...)
+        """
+        template = self.template(template) if isinstance(template, int) else template
+        with service(self), capture(self.hidden) as site, unobserve(self.visible):
             self.model(template, *args)
         return site.value.detach()
 
@@ -227,11 +214,26 @@ class MetaModel(nn.Module):
             Exact log densities.  # (N,)
         """
         template = self.template(len(h), h) if template is None else template
+        self._check_parents(template, args)
         program = poutine.condition(self.model, data={self.hidden: h})
         with service(self), forked_rng(), unobserve(self.visible):
             trace = poutine.trace(program).get_trace(template, *args)
         trace.compute_log_prob(lambda name, _: name == self.hidden)
         return Likelihood(datum_log_prob(trace.nodes[self.hidden], len(h)), "exact")
+
+    def _check_parents(self, template: Tensor, args: Any, around: str | None = None) -> None:
+        """Refuse a hidden site whose own density the trace does not tell."""
+        if (around or self.hidden) in self._checked:
+            return
+        with service(self), forked_rng():
+            parents = latent_parents(self.model, self.hidden, template, *args, around=around)
+        if parents:
+            raise ValueError(
+                f"{type(self).__name__}: the hidden site '{self.hidden}' depends on the latent "
+                f"{', '.join(map(repr, parents))}, so that its own density is not in the trace; "
+                "take the topmost latent as the hidden site or override log_prior and decode."
+            )
+        self._checked = self._checked | {around or self.hidden}
 
     def objective(self) -> Callable[..., Tensor] | None:
         """Return the pair's own training loss; ``None``: Pyro's ``Trace_ELBO``."""
@@ -240,7 +242,23 @@ class MetaModel(nn.Module):
     def refresh(self) -> None:
         """Bring cached normalisers, such as an RBM's log Z, up to date; here there are none."""
 
+    def normalisation(self) -> tuple[Kind, float]:
+        """Return how sure the pair's densities are of their constant: its kind and its error.
+
+        A pair of normalised distributions is exact; one that estimates a log Z says so, with the
+        standard error in nats that all of its densities share.
+        """
+        return "exact", 0.0
+
     # Training and keeping
+
+    @property
+    def own_fit(self) -> Callable[..., Any] | None:
+        """The pair's own way of being fitted to a tensor, such as EM; ``None``: gradients.
+
+        It is called as ``own_fit(x, validation=held_out, **settings)``.
+        """
+        return None
 
     def rounds(self, data: Any, validation: Any = None) -> Iterator[Round]:
         """Yield the ordinary fitting problems that train this meta-model: for a pair, one."""
@@ -255,7 +273,7 @@ class MetaModel(nn.Module):
         Returns:
             Module parameters by their names, then free params by theirs.
         """
-        found = {n: p for n, p in self.named_parameters() if p.requires_grad}
+        found: dict[str, Tensor] = {n: p for n, p in self.named_parameters() if p.requires_grad}
         known = {id(p) for p in found.values()}
         with forked_rng(), service(self), poutine.trace(param_only=True) as params:
             seen = poutine.trace(self.guide).get_trace(*batch)
@@ -287,18 +305,24 @@ class MetaModel(nn.Module):
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"load: there is no file {path}; pass what save() wrote.")
-        keep = {n: t.clone() for n, t in self.state_dict().items() if isinstance(t, Tensor)}
+        keep, pending = copy.deepcopy(self.state_dict()), self._pending()
         try:
             saved = torch.load(path, weights_only=True, map_location="cpu")
             self.load_state_dict(saved["state"])
         except Exception as error:
-            self.load_state_dict(keep, strict=False)
+            self.load_state_dict(keep)
+            for program, values in pending:
+                program.pending = values
             reason = str(error).strip().splitlines()[-1].strip()
             raise ValueError(
                 f"load: {path} does not hold the state of this {type(self).__name__} ({reason}); "
                 "build the meta-model as it was when it was saved."
             ) from error
         return self
+
+    def _pending(self) -> list[tuple[Program, dict[str, Tensor]]]:
+        programs = (module for module in self.modules() if isinstance(module, Program))
+        return [(program, dict(program.pending)) for program in programs]
 
     def extra_repr(self) -> str:
         """Name the sites."""

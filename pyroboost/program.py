@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
-import types
+import re
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -15,108 +14,28 @@ import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import Tensor, nn
+from torch.distributions import constraints, transform_to
 
+from pyroboost._callables import copy_callable, find_modules, find_strings
 from pyroboost.contexts import local_params
 
 __all__ = ["Program"]
 
 _serial = itertools.count()
-_LIBRARIES = {"torch", "pyro", "numpy", "math", "builtins"}
+_REAL = (None, constraints.real, constraints.real_vector)
+_COPY = re.compile(r"copy\d+\.")
 
 
-def _code_names(code: types.CodeType) -> Iterator[str]:
-    """Yield the global names that a function and the functions within it mention."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _code_names(constant)
-
-
-def _references(fn: Any) -> Iterator[Any]:
-    """Yield the objects that a callable refers to: its owner, closure, defaults and globals."""
-    if isinstance(fn, functools.partial):
-        yield from (fn.func, *fn.args, *fn.keywords.values())
-    elif isinstance(fn, types.MethodType):
-        yield fn.__self__
-    elif isinstance(fn, types.FunctionType):
-        if (fn.__module__ or "").split(".")[0] in _LIBRARIES:
-            return
-        for cell in fn.__closure__ or ():
-            try:
-                yield cell.cell_contents
-            except ValueError:  # a variable of the enclosing function that is not yet set
-                continue
-        yield from fn.__defaults__ or ()
-        yield from (fn.__kwdefaults__ or {}).values()
-        for name in _code_names(fn.__code__):
-            if name in fn.__globals__:
-                yield fn.__globals__[name]
-    elif isinstance(fn, list | tuple):
-        yield from fn
-    elif isinstance(fn, dict):
-        yield from fn.values()
-    elif type(fn).__module__.split(".")[0] not in _LIBRARIES and hasattr(fn, "__dict__"):
-        yield from vars(fn).values() if not isinstance(fn, type | types.ModuleType) else ()
-
-
-def find_modules(fn: Any) -> list[nn.Module]:
-    """Return every ``nn.Module`` that a callable refers to, outermost first."""
-    found: list[nn.Module] = []
-    seen: set[int] = set()
-
-    def visit(item: Any) -> None:
-        if id(item) in seen:
-            return
-        seen.add(id(item))
-        if isinstance(item, nn.Module):
-            found.append(item)
-        else:
-            for reference in _references(item):
-                visit(reference)
-
-    visit(fn)
-    inner = {id(child) for module in found for child in module.modules() if child is not module}
-    return [module for module in found if id(module) not in inner]
-
-
-def copy_callable(fn: Any, memo: dict[int, Any]) -> Any:
-    """Deep-copy a callable together with the modules that it refers to.
-
-    Python's ``deepcopy`` returns functions as they are, so that a copy would train the original's
-    networks: functions that reach a module are rebuilt around the copied module.
-    """
-    if id(fn) in memo:
-        return memo[id(fn)]
-    if not isinstance(fn, types.FunctionType):
-        return copy.deepcopy(fn, memo)
-    if not find_modules(fn):
-        return fn
-    names = set(_code_names(fn.__code__)) & set(fn.__globals__)
-    replaced = {n: fn.__globals__[n] for n in names if find_modules(fn.__globals__[n])}
-    scope = fn.__globals__ if not replaced else dict(fn.__globals__)
-    cells = tuple(types.CellType() for _ in fn.__closure__ or ())
-    new = types.FunctionType(fn.__code__, scope, fn.__name__, fn.__defaults__, cells or None)
-    new.__kwdefaults__, new.__dict__ = fn.__kwdefaults__, dict(fn.__dict__)
-    memo[id(fn)] = new  # before its references: functions may refer to each other
-    for cell, old in zip(cells, fn.__closure__ or (), strict=True):
-        try:
-            contents = old.cell_contents
-        except ValueError:
-            continue
-        cell.cell_contents = copy_callable(contents, memo) if find_modules(contents) else contents
-    if replaced:
-        scope.update({n: copy_callable(value, memo) for n, value in replaced.items()})
-    return new
-
-
-def _register(name: str, parameter: nn.Parameter) -> None:
+def _register(name: str, tensor: Tensor, constraint: Any = constraints.real) -> None:
     """Enter a module's tensor in the store, where Pyro's optimisers look for names to save by."""
     store = pyro.get_param_store()
-    if name in store:
-        if store[name].unconstrained() is parameter:
-            return
-        del store[name]
-    store[name] = parameter
+    held = store._params.get(name)
+    if held is not tensor:
+        store._param_to_name.pop(held, None)
+        store._constraints[name] = constraint
+        store._params[name] = tensor
+    # One module may be part of a model and of its guide: one of its names holds, whoever ran last.
+    store._param_to_name[tensor] = min(name, store._param_to_name.get(tensor, name))
 
 
 class _Params(Messenger):
@@ -124,7 +43,8 @@ class _Params(Messenger):
 
     1. A parameter of one of the program's modules is that module's own tensor, never one that
        another program left in the store under the same name.
-    2. A free ``pyro.param`` lives in the store under its own name; in a copy, under the copy's.
+    2. A ``PyroParam`` is kept by its module likewise; only its name is made the program's own.
+    3. A free ``pyro.param`` lives in the store under its own name; in a copy, under the copy's.
     """
 
     def __init__(self, program: Program, *, register: bool) -> None:
@@ -132,34 +52,39 @@ class _Params(Messenger):
         self.program, self.register = program, register
         self.owned = {id(p) for p in program.parameters()}
         self.seen: set[int] = set()
-        self._local: dict[int, str] = {}
+        self._free: dict[int, str] = {}
 
     def _pyro_param(self, msg: Any) -> None:
         name, init = msg["args"][0], msg["args"][1] if len(msg["args"]) > 1 else None
-        program = self.program
-        if isinstance(init, Tensor) and id(init) in self.owned:
+        program, real = self.program, msg["kwargs"].get("constraint") in _REAL
+        stored = getattr(msg["fn"], "__self__", None) is pyro.get_param_store()
+        if isinstance(init, Tensor) and id(init) in self.owned and real:
             msg["name"] = f"{program.owner}.{name}"
             msg["value"] = init
-            self.seen.add(id(init))
+        elif not stored:
+            msg["name"] = f"{program.owner}.{name}"
         elif msg["value"] is None:
             msg["name"] = final = program.scope + name
-            if name in program.pending and final not in pyro.get_param_store():
-                init = program.pending.pop(name)
-            # A name alone must stay alone: Pyro reads it as "get what is there".
-            msg["args"] = (final, *msg["args"][1:]) if init is None else (final, init, *msg["args"][2:])
-            self._local[id(msg)] = name
+            start = program.take(name)
+            if start is not None and final not in pyro.get_param_store():
+                msg["args"] = (name, start, *msg["args"][2:])
+            self._free[id(msg)] = name
+        # The store reads its key from the arguments. A name alone must stay alone: Pyro reads it
+        # as "get what is there".
         msg["args"] = (msg["name"], *msg["args"][1:])
 
     def _pyro_post_param(self, msg: Any) -> None:
         value = msg["value"]
-        if id(msg) in self._local:
-            self.program.free[self._local.pop(id(msg))] = msg["name"]
-        elif isinstance(value, nn.Parameter):
+        if id(msg) in self._free:
+            self.program.free[self._free.pop(id(msg))] = msg["name"]
+            return
+        if isinstance(value, nn.Parameter):
             value.unconstrained = weakref.ref(value)  # type: ignore[attr-defined]
+        if hasattr(value, "unconstrained"):
+            held = value.unconstrained()
+            self.seen.add(id(held))
             if self.register:
-                _register(msg["name"], value)
-        elif hasattr(value, "unconstrained"):  # a PyroParam, kept by its module
-            self.seen.add(id(value.unconstrained()))
+                _register(msg["name"], held, msg["kwargs"].get("constraint", constraints.real))
 
 
 class Program(nn.Module):
@@ -191,8 +116,11 @@ class Program(nn.Module):
             self.parts = nn.ModuleList(find_modules(fn))
         self.owner = f"{label}{next(_serial)}"
         self.scope = ""
-        self.pending: dict[str, Tensor] = {}
         self.free: dict[str, str] = {}
+        # Values of free params that have not been reached yet: loaded ones, and, in a copy, what
+        # the original's store held.
+        self.pending: dict[str, Tensor] = {}
+        self.start: dict[str, Tensor] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program."""
@@ -209,32 +137,67 @@ class Program(nn.Module):
     def _announce(name: str, parameter: nn.Parameter) -> None:
         parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
         _register(name, parameter)
-        effectful(type="param")(lambda *_, **__: parameter)(name, parameter, name=name)
+        kwargs = {"constraint": constraints.real, "event_dim": None}  # as pyro.param has them
+        effectful(type="param")(lambda *_, **__: parameter)(name, parameter, name=name, **kwargs)
+
+    def take(self, name: str) -> Tensor | None:
+        """Return the value from which a free param starts that is reached for the first time."""
+        start = self.start.pop(name, None)
+        return self.pending.pop(name, start)
+
+    def _known(self) -> dict[str, str]:
+        """Return the free params in the store by their own names; before a run, those spelt out."""
+        store = pyro.get_param_store()
+        names = dict(self.free)
+        if not self.free:
+            names = {name: self.scope + name for name in sorted(find_strings(self.fn))}
+        return {name: final for name, final in names.items() if final in store}
 
     def get_extra_state(self) -> dict[str, Tensor]:
         """Return the constrained values of the program's free params by their own names."""
         store = pyro.get_param_store()
-        values = {name: store[final] for name, final in self.free.items() if final in store}
-        return {**self.pending, **{n: v.detach().clone() for n, v in values.items()}}
+        values = {name: store[final].detach().clone() for name, final in self._known().items()}
+        return {**self.pending, **values}
 
     def set_extra_state(self, state: dict[str, Tensor]) -> None:
         """Give free params their values back, now or when they are first reached."""
         store = pyro.get_param_store()
+        if self.free and set(state) != set(self.free):
+            raise ValueError(
+                f"the {self.label} has the params {sorted(self.free)}, the state {sorted(state)}."
+            )
         for name, value in state.items():
             final = self.free.get(name, self.scope + name)
             if final not in store:
-                self.pending[name] = value.clone()
+                self.pending[name] = value.detach().clone()
                 continue
+            held = store[final].unconstrained()
+            if store[final].shape != value.shape:
+                raise ValueError(
+                    f"param '{name}' has shape {tuple(store[final].shape)}, and "
+                    f"{tuple(value.shape)} in the state."
+                )
             with torch.no_grad():
-                held = store[final].unconstrained()
-                transform = torch.distributions.transform_to(store._constraints[final])
-                held.copy_(transform.inv(value.to(held)))
+                held.copy_(transform_to(store._constraints[final]).inv(value.to(held)))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Program:
+        """Move free params with the rest, so that ``to()`` and ``double()`` reach them."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        store = pyro.get_param_store()
+        for final in self._known().values():
+            held = store[final].unconstrained()
+            held.data = fn(held.data)
+            if held.grad is not None:
+                held.grad.data = fn(held.grad.data)
+        for values in (self.pending, self.start):
+            values.update({name: fn(value) for name, value in values.items()})
+        return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         state = dict(self.__dict__)
-        fn, state["pending"] = state.pop("fn", None), {}
+        fn = state.pop("fn", None)
         new.__dict__.update(copy.deepcopy(state, memo))
         if fn is not None:
             new.__dict__["fn"] = copy_callable(fn, memo)
@@ -243,20 +206,29 @@ class Program(nn.Module):
         scopes = memo.setdefault(id(_serial), {})
         new.owner, new.free = f"{self.label}{serial}", {}
         new.scope = scopes.setdefault(self.scope, f"copy{serial}.")
-        new.pending = self._free_values()
+        new.start, new.pending = {**self.start, **self._free_values()}, self.get_extra_state()
+        self._check_apart(new)
         return new
 
     def _free_values(self) -> dict[str, Tensor]:
-        """Return the values that a copy starts from; before the first run, all in this scope."""
-        if self.free or isinstance(self.__dict__.get("fn"), nn.Module):
-            return self.get_extra_state()
+        """Return all values in this program's scope: some may belong to params not yet reached."""
         store = pyro.get_param_store()
-        found = {
-            name[len(self.scope) :]: store[name].detach().clone()
-            for name in store
-            if name.startswith(self.scope) and "$$$" not in name
+        names = {name[len(self.scope) :]: name for name in store if name.startswith(self.scope)}
+        return {
+            name: store[final].detach().clone()
+            for name, final in names.items()
+            if not isinstance(store._params[final], nn.Parameter) and not _COPY.match(name)
         }
-        return {**found, **self.pending}
+
+    def _check_apart(self, new: Program) -> None:
+        mine = {id(p) for module in find_modules(self.fn) for p in module.parameters()}
+        for module in find_modules(new.fn):
+            for name, parameter in module.named_parameters():
+                if id(parameter) in mine:
+                    raise TypeError(
+                        f"deepcopy: the copy of the {self.label} would still train the original's "
+                        f"'{name}'; write the {self.label} as an nn.Module that holds its networks."
+                    )
 
     def extra_repr(self) -> str:
         """Name the function that this program runs."""

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from pyro import poutine
-from pyro.infer.inspect import get_dependencies
 from torch import Tensor
 
 from pyroboost.contexts import forked_rng, service
-from pyroboost.handlers import capture, given, is_plate, unobserve
+from pyroboost.handlers import capture, unobserve
 from pyroboost.metamodel import MetaModel
 from pyroboost.program import Program
+from pyroboost.traces import latent_parents
 
-__all__ = ["StageFacts", "check_leading", "check_parents", "check_sharing", "dry_run", "label"]
+__all__ = ["Plate", "StageFacts", "check_parents", "check_sharing", "dry_run", "label", "misfit"]
 
 
 def label(index: int, stage: MetaModel) -> str:
     """Return the words by which errors name a stage."""
     return f"stage {index} ({type(stage).__name__})"
+
+
+class Plate(NamedTuple):
+    """A vectorised plate around a site: its name, its dimension and its number of rows."""
+
+    name: str
+    dim: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -31,59 +39,116 @@ class StageFacts:
     Args:
         template: zeros in the shape of its visible value.
         hidden: a draw of its hidden value from the prior.
+        inferred: a draw of its hidden value from the guide.
         scale: by how much its own plates scale the hidden site.
-        plates: names of its plates.
-        visible_discrete: whether its visible site has a discrete support.
-        hidden_discrete: whether its hidden site has one.
+        plates: all plates of its programs.
+        visible_site: the model's visible site.
+        hidden_site: the guide's hidden site.
+        hidden_plates: the plates around the model's hidden site.
     """
 
     template: Tensor
     hidden: Tensor
+    inferred: Tensor
     scale: float
-    plates: frozenset[str]
-    visible_discrete: bool
-    hidden_discrete: bool
+    plates: frozenset[Plate]
+    visible_site: dict[str, Any]
+    hidden_site: dict[str, Any]
+    hidden_plates: frozenset[Plate]
 
 
 def _node(trace: poutine.Trace, site: str, where: str) -> dict[str, Any]:
     if site not in trace.nodes:
         names = ", ".join(n for n in trace.nodes if not n.startswith("_")) or "none"
-        raise ValueError(f"{where} has no site '{site}'; its sites are {names}.")
+        raise ValueError(f"Cascade: {where} has no site '{site}'; its sites are {names}.")
     node: dict[str, Any] = trace.nodes[site]
     return node
 
 
-def _is_discrete(site: dict[str, Any]) -> bool:
-    return bool(getattr(getattr(site["fn"], "support", None), "is_discrete", False))
+def _plates(*sites: dict[str, Any]) -> frozenset[Plate]:
+    return frozenset(
+        Plate(frame.name, frame.dim, frame.size)
+        for site in sites
+        if site["type"] == "sample"
+        for frame in site["cond_indep_stack"]
+        if frame.vectorized
+    )
 
 
-def dry_run(stage: MetaModel, name: str, template: Tensor, args: Sequence[Any]) -> StageFacts:
-    """Run a stage once from its prior, then its guide on what it drew."""
-    with service(stage), forked_rng():
-        with poutine.trace() as seen, unobserve(stage.visible), capture(stage.hidden) as local:
+def _scale_of(site: capture, name: str) -> float:
+    if isinstance(site.scale, Tensor) and site.scale.numel() != 1:
+        raise ValueError(
+            f"Cascade: {name} scales each datum by its own factor (shape "
+            f"{tuple(site.scale.shape)}); give the whole cascade the factors by poutine.scale."
+        )
+    return float(site.scale)
+
+
+def dry_run(
+    stage: MetaModel,
+    name: str,
+    template: Tensor,
+    args: Sequence[Any],
+    within: Callable[[], AbstractContextManager[Any]],
+) -> StageFacts:
+    """Run a stage once from its prior, then its guide on what it drew.
+
+    Args:
+        stage: the stage.
+        name: how errors name it.
+        template: a tensor in the shape of its visible value.  # (N, ...)
+        args: its further arguments.
+        within: a context in which its programs run.
+    """
+    with service(stage), forked_rng(), within():
+        with poutine.trace() as model, unobserve(stage.visible), capture(stage.hidden) as local:
             stage.model(template, *args)
-        visible = _node(seen.trace, stage.visible, f"{name}: its model")
-        hidden = _node(seen.trace, stage.hidden, f"{name}: its model")
-        guide = poutine.trace(stage.guide).get_trace(visible["value"], *args)
-        inferred = _node(guide, stage.hidden, f"{name}: its guide")
+        visible = _node(model.trace, stage.visible, f"{name}: its model")
+        hidden = _node(model.trace, stage.hidden, f"{name}: its model")
+        # What the model drew is what its guide expects; a bottom stage that subsamples draws less.
+        drawn = visible["value"] if visible["value"].shape == template.shape else template
+        with poutine.trace() as guide:
+            stage.guide(drawn, *args)
+        inferred = _node(guide.trace, stage.hidden, f"{name}: its guide")
     if inferred["value"].shape != hidden["value"].shape:
         raise ValueError(
-            f"{name}: its guide draws '{stage.hidden}' in shape {tuple(inferred['value'].shape)}, "
-            f"its model in {tuple(hidden['value'].shape)}; make the two agree."
+            f"Cascade: {name}: its guide draws '{stage.hidden}' in shape "
+            f"{tuple(inferred['value'].shape)}, its model in {tuple(hidden['value'].shape)}; make "
+            "the two agree."
         )
     if visible["value"].shape[1:] != template.shape[1:]:
         raise ValueError(
-            f"{name}: its model draws '{stage.visible}' in shape {tuple(visible['value'].shape)} "
-            f"for data of shape {tuple(template.shape)}; give it the size of its data."
+            f"its model draws '{stage.visible}' in shape {tuple(visible['value'].shape)}"
         )
     return StageFacts(
         template=template,
         hidden=hidden["value"],
-        scale=float(local.scale),
-        plates=frozenset(n for n, s in seen.trace.nodes.items() if s["type"] == "sample" and is_plate(s)),
-        visible_discrete=_is_discrete(visible),
-        hidden_discrete=_is_discrete(hidden),
+        inferred=inferred["value"],
+        scale=_scale_of(local, name),
+        plates=_plates(*model.trace.nodes.values(), *guide.trace.nodes.values()),
+        visible_site=visible,
+        hidden_site=inferred,
+        hidden_plates=_plates(hidden),
     )
+
+
+def _kind(site: dict[str, Any]) -> str:
+    discrete = getattr(getattr(site["fn"], "support", None), "is_discrete", False)
+    return "discrete" if discrete else "continuous"
+
+
+def misfit(below: StageFacts, stage: StageFacts) -> tuple[str, str] | None:
+    """Return what a hidden value is and what the stage above takes, where the two differ."""
+    hidden, visible = below.hidden_site, stage.visible_site
+    if _kind(hidden) != _kind(visible):
+        return f"is {_kind(hidden)}", f"models a {_kind(visible)} one"
+    if hidden["fn"].event_dim != visible["fn"].event_dim:
+        has, takes = hidden["fn"].event_dim, visible["fn"].event_dim
+        return f"has {has} event dimensions", f"models one with {takes} (see .to_event)"
+    support = getattr(visible["fn"], "support", None)
+    if support is not None and not bool(support.check(below.inferred).all()):
+        return "takes values outside of what the other can have", f"models one in {support}"
+    return None
 
 
 def check_parents(stage: MetaModel, name: str, template: Tensor, args: Sequence[Any]) -> None:
@@ -92,8 +157,7 @@ def check_parents(stage: MetaModel, name: str, template: Tensor, args: Sequence[
     Dropping the density of the fixed site drops the likelihood of its parents with it.
     """
     with service(stage), forked_rng():
-        found = get_dependencies(stage.model, (template, *args))["prior_dependencies"]
-    parents = sorted(set(found.get(stage.hidden, {})) - {stage.hidden})
+        parents = latent_parents(stage.model, stage.hidden, template, *args)
     if parents:
         raise ValueError(
             f"Cascade: the hidden site '{stage.hidden}' of {name} depends on the latent "
@@ -117,69 +181,3 @@ def check_sharing(stages: Sequence[MetaModel]) -> None:
                     f"Cascade: {label(below, stages[below])} and {label(index, stage)} share the "
                     f"parameter '{parameter}'; rename it or pass copy.deepcopy of one stage."
                 )
-
-
-def _apart_or_together(run: Callable[[Tensor], capture], stack: Tensor) -> tuple[Tensor, Tensor]:
-    together = run(stack)
-    assert together.msg is not None
-    value = together.value
-    both: Tensor = together.msg["fn"].log_prob(value)
-    apart = []
-    for row, drawn in zip(stack, value, strict=True):
-        site = run(row)
-        assert site.msg is not None
-        apart.append(site.msg["fn"].log_prob(drawn))
-    return both, torch.stack(apart)
-
-
-def check_leading(
-    stage: MetaModel,
-    name: str,
-    *,
-    template: Tensor,
-    args: Sequence[Any],
-    visible: Tensor | None = None,
-    hidden: Tensor | None = None,
-) -> None:
-    """Refuse a stage whose programs give other numbers when values carry leading dimensions.
-
-    Vectorised particles and enumeration add dimensions on the left; a program that reads its
-    number of data from ``len(x)``, or a batch norm on three dimensions, fails or, worse, does not.
-
-    Args:
-        stage: the stage.
-        name: how errors name it.
-        template: its visible template.  # (N, ...)
-        args: its further arguments.
-        visible: visible values for its guide.  # (L, N, ...)
-        hidden: hidden values for its model.  # (L, N, ...)
-    """
-
-    def encode(value: Tensor) -> capture:
-        with capture(stage.hidden) as site:
-            stage.guide(value, *args)
-        return site
-
-    def decode(value: Tensor) -> capture:
-        with capture(stage.visible) as site, unobserve(stage.visible):
-            given(stage.model, {stage.hidden: value})(template, *args)
-        return site
-
-    run, values = (encode, visible) if hidden is None else (decode, hidden)
-    assert values is not None
-    stack = values[:2] if len(values) > 1 else values.expand(2, *values.shape[1:])
-    try:
-        with service(stage), forked_rng():
-            together, apart = _apart_or_together(run, stack)
-        same = together.shape == apart.shape and torch.allclose(together, apart, 1e-3, 1e-3)
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise _cannot_lead(name, str(error).splitlines()[0]) from error
-    if not same:
-        raise _cannot_lead(name, "log densities differ from those of the parts")
-
-
-def _cannot_lead(name: str, reason: str) -> ValueError:
-    return ValueError(
-        f"Cascade: {name} cannot take values with leading dimensions ({reason}); run particles one "
-        "by one (vectorize_particles=False, parallel=False) or count data from the right."
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import pyro.distributions as dist
@@ -22,8 +23,8 @@ class Chained(dist.MaskedDistribution):
     """
 
 
-@register_kl(Distribution, Chained)
-@register_kl(dist.MaskedDistribution, Chained)
+@register_kl(Distribution, Chained)  # type: ignore[no-untyped-call]
+@register_kl(dist.MaskedDistribution, Chained)  # type: ignore[no-untyped-call]
 def _refuse_kl(p: Distribution, q: Distribution) -> Tensor:
     raise RuntimeError(
         "TraceMeanField_ELBO on a Cascade: the prior of an inner hidden site depends on that "
@@ -44,14 +45,14 @@ class chained(Messenger):
 
 
 class shared_plates(Messenger):
-    """Let the plates of a stage follow those of the bottom stage, which alone subsamples.
+    """Let the plates of a stage follow those of the stages below, whose bottom alone subsamples.
 
-    1. A plate that the bottom stage has too takes all the rows that the bottom stage chose, keeps
-       its scale, and does not speak to handlers outside.
+    1. A shared plate takes all the rows that the bottom stage chose, keeps its scale, and does
+       not speak to handlers outside.
     2. Any other plate may not subsample.
     """
 
-    def __init__(self, shared: frozenset[str], stage: str) -> None:
+    def __init__(self, shared: Collection[str], stage: str) -> None:
         super().__init__()
         self.shared, self.stage = shared, stage
 
@@ -71,32 +72,32 @@ class shared_plates(Messenger):
 
 
 class no_copies(Messenger):
-    """Refuse a value that is drawn once for each value of an enumerated site of its own stage.
+    """Refuse a value that is drawn once for each value of an enumerated site above it.
 
     When only the model is enumerated (NUTS), the site below takes a copy for each value of the
     discrete site above it, and the density is not that of the model.
+
+    Args:
+        visible: the site that must not be copied.
+        stage: how errors name the stage.
+        dims: dimensions of the enumerated sites met so far, by name; all stages write into it.
     """
 
-    def __init__(self, visible: str, stage: str) -> None:
+    def __init__(self, visible: str, stage: str, dims: dict[str, int]) -> None:
         super().__init__()
-        self.visible, self.stage = visible, stage
-        self._dims: dict[str, int] = {}
-
-    def __enter__(self) -> Any:
-        self._dims = {}
-        return super().__enter__()
+        self.visible, self.stage, self.dims = visible, stage, dims
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        dim = msg["infer"].get("_enumerate_dim")
-        if msg["name"] != self.visible:
-            if dim is not None:
-                self._dims[msg["name"]] = dim
+        if is_plate(msg):
             return
-        batch = msg["value"].shape[: msg["value"].dim() - msg["fn"].event_dim]
-        for site, enumerated in self._dims.items():
-            if not msg["is_observed"] and -enumerated <= len(batch) and batch[enumerated] > 1:
-                raise RuntimeError(
-                    f"Cascade: '{self.visible}' would take one copy for each value of the "
-                    f"enumerated site '{site}' of {self.stage}; sum that site out by running "
-                    "`cascade.marginal` instead of `cascade.model`."
-                )
+        if msg["name"] == self.visible and not msg["is_observed"]:
+            batch = msg["value"].shape[: msg["value"].dim() - msg["fn"].event_dim]
+            for site, dim in self.dims.items():
+                if -dim <= len(batch) and batch[dim] > 1:
+                    raise RuntimeError(
+                        f"Cascade: '{self.visible}' of {self.stage} would take one copy for each "
+                        f"value of the enumerated site '{site}'; sum that site out by running "
+                        "`cascade.marginal` instead of `cascade.model`."
+                    )
+        if (dim := msg["infer"].get("_enumerate_dim")) is not None:
+            self.dims[f"{self.stage}: {msg['name']}"] = dim

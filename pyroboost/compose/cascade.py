@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, overload
+from typing import Any, cast, overload
 
-import pyro
 from torch import Tensor, nn
 
 from pyroboost.compose._chain import Chain, ChainProgram
-from pyroboost.likelihood import Likelihood
+from pyroboost.likelihood import Kind, Likelihood
 from pyroboost.metamodel import MetaModel, Round
 
 __all__ = ["Cascade"]
@@ -17,7 +16,19 @@ __all__ = ["Cascade"]
 Positions = tuple[int, ...] | None
 
 
-def _flatten(stages: Sequence[MetaModel], args: Sequence[Positions]) -> tuple[list, list]:
+def _positions(entry: Any) -> Positions:
+    if entry is None:
+        return None
+    if not isinstance(entry, list | tuple) or not all(isinstance(p, int) and p >= 0 for p in entry):
+        raise ValueError(
+            f"Cascade: args has the entry {entry!r}; give a tuple of positions, or None."
+        )
+    return tuple(entry)
+
+
+def _flatten(
+    stages: Sequence[MetaModel], args: Sequence[Positions]
+) -> tuple[list[MetaModel], list[Positions]]:
     """Replace cascades among the stages by their own stages, and compose their arguments."""
     flat: list[MetaModel] = []
     positions: list[Positions] = []
@@ -73,6 +84,8 @@ class Cascade(MetaModel):
         Cascaded meta-models, Eq. 3 and 4.
     """
 
+    _chain: Chain
+
     def __init__(self, *stages: MetaModel, args: Sequence[Positions] | None = None) -> None:
         nn.Module.__init__(self)
         if not stages:
@@ -83,7 +96,7 @@ class Cascade(MetaModel):
                     f"Cascade: stage {index} is {type(stage).__name__}, not a meta-model; wrap the "
                     "pair in MetaModel(model, guide, visible=..., hidden=...)."
                 )
-        args = [None] * len(stages) if args is None else list(args)
+        args = [None] * len(stages) if args is None else [_positions(a) for a in args]
         if len(args) != len(stages):
             raise ValueError(
                 f"Cascade: args has {len(args)} entries for {len(stages)} stages; give one each."
@@ -92,31 +105,34 @@ class Cascade(MetaModel):
         chain = Chain(flat, self.args)
         self.stages = chain.stages
         # The programs hold the stages too; only `stages` is registered, so that names stay short.
-        object.__setattr__(self, "_chain", chain)
-        object.__setattr__(self, "model", ChainProgram(chain, "model"))
-        object.__setattr__(self, "guide", ChainProgram(chain, "guide"))
+        for name, program in {
+            "_chain": chain,
+            "model": ChainProgram(chain, "model"),
+            "guide": ChainProgram(chain, "guide"),
+        }.items():
+            object.__setattr__(self, name, program)
         self.visible, self.hidden = chain.visible, chain.name(len(flat) - 1, flat[-1].hidden)
         self.hidden_shape = flat[-1].hidden_shape
 
     @property
     def visible_shape(self) -> tuple[int, ...] | None:
         """Shape of one datum, as the bottom stage knows it."""
-        return self.stages[0].visible_shape
+        return self[0].visible_shape
 
     @visible_shape.setter
     def visible_shape(self, shape: tuple[int, ...] | None) -> None:
-        self.stages[0].visible_shape = shape
+        self[0].visible_shape = shape
 
     @property
     def marginal(self) -> Callable[..., Any] | None:
         """The model with the top stage's hidden site summed out; ``None`` where it cannot be."""
-        return ChainProgram(self._chain, "marginal") if self.stages[-1].marginal else None
+        return ChainProgram(self._chain, "marginal") if self[-1].marginal else None
 
     def __len__(self) -> int:
         return len(self.stages)
 
     def __iter__(self) -> Iterator[MetaModel]:
-        return iter(self.stages)
+        return (cast(MetaModel, stage) for stage in self.stages)
 
     @overload
     def __getitem__(self, index: int) -> MetaModel: ...
@@ -124,33 +140,42 @@ class Cascade(MetaModel):
     def __getitem__(self, index: slice) -> Cascade: ...
     def __getitem__(self, index: int | slice) -> MetaModel:
         if isinstance(index, slice):
-            return Cascade(*list(self.stages)[index], args=self.args[index])
-        return list(self.stages)[index]
+            # A stage that took no further arguments takes none as the bottom of a slice either.
+            args = [own if i == 0 or own is not None else () for i, own in enumerate(self.args)]
+            return Cascade(*list(self)[index], args=args[index])
+        return list(self)[index]
 
     def __add__(self, stage: MetaModel) -> Cascade:
         """Return the cascade with one more stage on top; the stages are the same objects."""
         return Cascade(self, stage)
 
     def __repr__(self) -> str:
-        stages = (f"{i}: {type(s).__name__}('{s.visible}' | '{s.hidden}')" for i, s in enumerate(self))
-        return f"Cascade({', '.join(stages)})"
+        sites = (f"{type(stage).__name__}('{stage.visible}' | '{stage.hidden}')" for stage in self)
+        return f"Cascade({', '.join(f'{i}: {site}' for i, site in enumerate(sites))})"
 
     def log_marginal(self, x: Tensor, *args: Any) -> Likelihood | None:
         """Return what a cascade of one stage knows of log m(x); ``None`` for more stages."""
-        return self.stages[0].log_marginal(x, *args) if len(self) == 1 else None
+        return self[0].log_marginal(x, *args) if len(self) == 1 else None
 
     def log_prior(self, h: Tensor, *args: Any, template: Tensor | None = None) -> Likelihood:
         """Return log m_k(h_k) per datum, as the top stage says it."""
-        return self.stages[-1].log_prior(h)
+        own = self.stage_args(args)[-1]
+        if template is not None:
+            template = self._chain.facts(template, args)[0][-1].template
+        return self[-1].log_prior(h, *own, template=template)
 
     def objective(self) -> Callable[..., Tensor] | None:
         """Return the own loss of a cascade of one stage."""
-        return self.stages[0].objective() if len(self) == 1 else None
+        return self[0].objective() if len(self) == 1 else None
 
     def refresh(self) -> None:
         """Refresh the cached normalisers of all stages."""
-        for stage in self.stages:
+        for stage in self:
             stage.refresh()
+
+    def normalisation(self) -> tuple[Kind, float]:
+        """Return the top stage's: below it only m(x | h) counts, where log Z cancels."""
+        return self[-1].normalisation()
 
     def stage_args(self, args: Sequence[Any]) -> list[tuple[Any, ...]]:
         """Return the further arguments of each stage."""
@@ -168,14 +193,14 @@ class Cascade(MetaModel):
             The hidden values, bottom first.
         """
         values = []
-        for stage, own in list(zip(self.stages, self.stage_args(args), strict=True))[:stages]:
+        for stage, own in list(zip(self, self.stage_args(args), strict=True))[:stages]:
             x = stage.encode(x, *own)
             values.append(x)
         return values
 
     def rounds(self, data: Any, validation: Any = None) -> Iterator[Round]:
         """Yield one round per stage, bottom first: it is trained on h drawn afresh from below."""
-        for index, stage in enumerate(self.stages):
+        for index, stage in enumerate(self):
             below = _Below(self, index) if index else None
             yield Round(stage, data, validation, f"{index}.{type(stage).__name__}", below)
 

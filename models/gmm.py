@@ -1,0 +1,294 @@
+"""Gaussian mixtures: an exact likelihood, an exact guide, and EM."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pyro.infer import TraceEnum_ELBO, config_enumerate
+from torch import Tensor
+
+from pyroboost.likelihood import Likelihood
+from pyroboost.metamodel import MetaModel
+from pyroboost.models._components import Components
+from pyroboost.models._em import Covariance, Mixture, chunk_rows, mean_log_density
+from pyroboost.models._em_checks import check_data, check_options
+from pyroboost.models._em_fit import fit, kmeans_start, prior_start
+from pyroboost.program import Program
+
+__all__ = ["GMM", "EMResult"]
+
+Start = Literal["prior", "kmeans", "current"]
+
+
+class HeldOut(NamedTuple):
+    """Mean held-out log-likelihoods, in nats per datum."""
+
+    fit: float
+    start: float
+    prior: float  # of one standard normal N(0, I)
+
+
+@dataclass(frozen=True)
+class EMResult:
+    """What a fit by EM did; likelihoods are means per datum, in nats.
+
+    Args:
+        history: training log-likelihood before each step and after the last, of the best restart.
+        converged: whether the last step gained less than the tolerance.
+        restarts: final training log-likelihood of each restart.
+        kept_start: whether the start was kept, because held-out data preferred it.
+        held_out: what held-out data say; None without them.
+        reseeded: how often an empty component was placed anew.
+        seconds: wall-clock time.
+    """
+
+    history: list[float]
+    converged: bool
+    restarts: list[float]
+    kept_start: bool
+    held_out: HeldOut | None
+    reseeded: int
+    seconds: float
+
+
+def enumerated_loss(model: Callable[..., Any], guide: Callable[..., Any], *args: Any) -> Tensor:
+    """Return minus the bound, in nats, with the guide's discrete site summed out."""
+    every = config_enumerate(guide, "parallel")
+    loss: Tensor = TraceEnum_ELBO(max_plate_nesting=1).differentiable_loss(model, every, *args)
+    return loss
+
+
+class GMM(MetaModel):
+    r"""A Gaussian mixture whose component is the hidden site.
+
+    $$m(x, c) = w_c \, N(x; \mu_c, \Sigma_c), \qquad q(c \mid x) = m(c \mid x)
+    = \frac{w_c N(x; \mu_c, \Sigma_c)}{\sum_k w_k N(x; \mu_k, \Sigma_k)}$$
+
+    The guide is the exact posterior, so that every importance weight is $m(x)$, and the gradient
+    of ``Trace_ELBO`` is that of the exact likelihood in expectation. It is so without noise in
+    ``TraceEnum_ELBO`` with ``config_enumerate(gmm.guide, "parallel")``, which is the mixture's
+    own :meth:`objective`. Fit it by :meth:`fit_em`, or by SVI: its parameters are unconstrained.
+
+    Args:
+        num_components: K.
+        dim: size D of a datum.
+        covariance: ``"full"`` or ``"diag"``.
+        visible: name of the data's site.
+        hidden: name of the component's site.
+
+    Example:
+        >>> gmm = GMM(3, 2)
+        >>> result = gmm.fit_em(torch.randn(500, 2), restarts=2)
+        >>> result.history[-1] >= result.history[0]
+        True
+        >>> gmm.log_marginal(torch.randn(4, 2)).value.shape
+        torch.Size([4])
+
+    Reference:
+        Dempster, Laird and Rubin (1977), "Maximum likelihood from incomplete data", section 4.3.
+    """
+
+    def __init__(
+        self,
+        num_components: int,
+        dim: int,
+        *,
+        covariance: Covariance = "full",
+        visible: str = "x",
+        hidden: str = "component",
+    ) -> None:
+        if num_components < 1 or dim < 1:
+            raise ValueError(
+                f"GMM: got {num_components} components of dimension {dim}; both must be at least 1."
+            )
+        if covariance not in ("full", "diag"):
+            raise ValueError(f'GMM: covariance is {covariance!r}; pass "full" or "diag".')
+        parts = Components(num_components, dim, covariance, visible, hidden)
+        super().__init__(
+            parts.model,
+            parts.guide,
+            visible=visible,
+            hidden=hidden,
+            visible_shape=(dim,),
+            hidden_shape=(),
+        )
+        self.covariance: Covariance = covariance
+        self._recognition = Program(parts.recognise, "guide")
+        self._marginal = Program(parts.marginal, "marginal")
+
+    @property
+    def recognition(self) -> Program:
+        """The guide with gradients, for where a stage above models the component."""
+        return self._recognition
+
+    @property
+    def marginal(self) -> Callable[..., Any]:
+        """The program of x alone, the component summed out."""
+        return self._marginal
+
+    @property
+    def components(self) -> Components:
+        """The module that holds the parameters."""
+        parts: Components = self.model.parts[0]  # type: ignore[assignment]
+        return parts
+
+    @property
+    def mixture(self) -> Mixture:
+        """Weights (K,), locations (K, D) and scales, detached; assigning them sets the state."""
+        parts = self.components
+        found = (parts.logits.softmax(-1), parts.locs, parts.scale())
+        return Mixture(*(part.detach().clone() for part in found))
+
+    @mixture.setter
+    def mixture(self, value: Mixture) -> None:
+        self.components.assign(value)
+
+    def responsibilities(self, x: Tensor) -> Tensor:
+        r"""Return $m(c \mid x)$.
+
+        Args:
+            x: data.  # (N, D)
+
+        Returns:
+            Probabilities.  # (N, K)
+        """
+        return self.components.joint(x).softmax(-1)
+
+    def log_marginal(self, x: Tensor, *args: Any) -> Likelihood:
+        r"""Return the exact $\log m(x) = \log \sum_k w_k N(x; \mu_k, \Sigma_k)$ in nats.
+
+        Args:
+            x: data.  # (N, D)
+            *args: not read.
+
+        Returns:
+            Exact log densities, with gradients where they are enabled.  # (N,)
+        """
+        self.components.check(x)
+        rows = torch.split(x, chunk_rows(x, len(self.components.locs)))
+        return Likelihood(
+            torch.cat([self.components.joint(r).logsumexp(-1) for r in rows]), "exact"
+        )
+
+    def log_prior(self, h: Tensor, *args: Any, template: Tensor | None = None) -> Likelihood:
+        r"""Return $\log w_c$ of given components, exactly.
+
+        Args:
+            h: components.  # (N,)
+            *args: not read.
+            template: not read.
+
+        Returns:
+            Log probabilities in nats.  # (N,)
+        """
+        return Likelihood(self.components.logits.log_softmax(-1)[h.long()].detach(), "exact")
+
+    def objective(self) -> Callable[..., Tensor]:
+        """Return the loss with the component summed out, which is minus the exact likelihood."""
+        return enumerated_loss
+
+    @property
+    def own_fit(self) -> Callable[..., EMResult]:
+        """Fit by EM, as greedy boosting does where nothing else is asked for."""
+        return self.fit_em
+
+    def fit_em(
+        self,
+        data: Tensor,
+        *,
+        validation: Tensor | None = None,
+        start: Start = "prior",
+        start_weight: float = 0.01,
+        restarts: int | None = None,
+        max_iterations: int = 200,
+        tolerance: float = 1e-4,
+        variance_floor: float = 1e-6,
+        generator: torch.Generator | None = None,
+    ) -> EMResult:
+        r"""Fit by EM: the best of several runs, or their start if it generalises better.
+
+        ``start="prior"`` is one $N(0, I)$ of weight $1 - e$ and k-means++ components of weight
+        $e$ together: on any data $\log m(x) \ge \log(1 - e) + \log N(x; 0, I)$ before the first
+        step, and no step lowers the likelihood of the training data. So a mixture on top of a
+        model with a standard normal prior cannot lower its bound; on held-out data it can, and
+        then the start is kept.
+
+        Args:
+            data: training data, float32 or float64; EM needs all at once.  # (N, D)
+            validation: held-out data.  # (M, D)
+            start: ``"prior"``; ``"kmeans"``: k-means++ alone; ``"current"``: the present state.
+            start_weight: $e$.
+            restarts: independent starts (4; 1 where the start is the present state).
+            max_iterations: steps at most, per restart.
+            tolerance: least gain of a step in nats per datum; 0 makes every step.
+            variance_floor: least variance in any direction, in units of the columns' variances.
+            generator: source of randomness; ``None`` is torch's global one.
+
+        Returns:
+            The history and what was decided.
+
+        Raises:
+            TypeError: the data are not one tensor of floats.
+            ValueError: an option is out of its range, or the data are too few or not finite.
+        """
+        begin = time.perf_counter()
+        self._check_data(data, validation)
+        check_options(
+            "GMM.fit_em",
+            start=start,
+            start_weight=start_weight,
+            restarts=restarts,
+            max_iterations=max_iterations,
+            tolerance=tolerance,
+            variance_floor=variance_floor,
+        )
+        options: dict[str, Any] = {"variance_floor": variance_floor, "generator": generator}
+        fits = []
+        for _ in range(restarts or (1 if start == "current" else 4)):
+            first = self._start(data, start, start_weight, **options)
+            found = fit(data, first, max_iterations=max_iterations, tolerance=tolerance, **options)
+            fits.append((first, found))
+        first, best = max(fits, key=lambda pair: pair[1].history[-1])
+        held_out, kept = None, False
+        if validation is not None:
+            normal = prior_start(_empty_like(first), 0.0)
+            scores = [mean_log_density(validation, m) for m in (best.mixture, first, normal)]
+            held_out = HeldOut(*scores)
+            kept = held_out.fit < held_out.start
+        self.mixture = first if kept else best.mixture
+        return EMResult(
+            history=best.history,
+            converged=best.converged,
+            restarts=[found.history[-1] for _, found in fits],
+            kept_start=kept,
+            held_out=held_out,
+            reseeded=best.reseeded,
+            seconds=time.perf_counter() - begin,
+        )
+
+    def _start(self, data: Tensor, start: Start, weight: float, **options: Any) -> Mixture:
+        """One start of EM, in float64."""
+        if start == "current":
+            return self.mixture.to(data.new_zeros((), dtype=torch.float64))
+        k = len(self.components.locs)
+        if start == "kmeans":
+            return kmeans_start(data, k, covariance=self.covariance, **options)
+        around = kmeans_start(data, max(1, k - 1), covariance=self.covariance, **options)
+        return prior_start(around, weight) if k > 1 else prior_start(_empty_like(around), 0.0)
+
+    def _check_data(self, data: Tensor, validation: Tensor | None) -> None:
+        """Refuse data that cannot be used, each in one sentence."""
+        check_data(data, len(self.components.locs), "GMM.fit_em")
+        self.components.check(data)
+        if validation is not None:
+            check_data(validation, 0, "GMM.fit_em (validation)")
+            self.components.check(validation)
+
+
+def _empty_like(mixture: Mixture) -> Mixture:
+    """Return a mixture of no components."""
+    return Mixture(*(part[:0] for part in mixture))
