@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from pyroboost import distributions
 from pyroboost.contexts import forked_rng
+from pyroboost.models._contrast import contrast
 from pyroboost.sampling import annealed_log_partition, block_gibbs, draw_bits, exact_log_partition
 from pyroboost.sampling.enumeration import MAX_UNITS
-from pyroboost.sampling.gibbs import field
+from pyroboost.sampling.gibbs import field, is_binary
 
 NegativePhase = Literal["pcd", "cd", "exact"]
 
@@ -78,6 +79,12 @@ class Machine(nn.Module):
         """Whether the stored log Z is that of the present parameters."""
         return torch.equal(self.evaluated, self.flat_parameters())
 
+    @property
+    def method(self) -> str:
+        """How the stored log Z was had."""
+        chains = int(self.log_partition_chains)
+        return {_UNKNOWN: "unknown", _EXACT: "exact"}.get(chains, f"AIS, {chains} chains")
+
     @torch.no_grad()
     def forget(self) -> None:
         """Mark log Z as unknown; its value is then that of the biases without couplings."""
@@ -114,30 +121,34 @@ class Machine(nn.Module):
         if min(self.weight.shape) <= MAX_UNITS:
             self.keep(exact_log_partition(*parameters), chains=_EXACT, error=0.0)
             return
-        found = annealed_log_partition(
-            *parameters,
-            num_chains=num_chains,
-            num_temperatures=num_temperatures,
-            start=start,
-            generator=generator,
-        )
+        with forked_rng():  # evaluation must not change what training draws next
+            found = annealed_log_partition(
+                *parameters,
+                num_chains=num_chains,
+                num_temperatures=num_temperatures,
+                start=start,
+                generator=generator,
+            )
         self.keep(found.log_partition, chains=num_chains, error=found.std_error, ess=found.ess)
 
-    def refresh(
-        self,
-        num_chains: int,
-        num_temperatures: int,
-        start: Literal["uniform", "biases"],
-        generator: torch.Generator | None,
-    ) -> None:
-        """Estimate log Z without moving torch's own random state."""
-        with forked_rng():
-            self.estimate(num_chains, num_temperatures, start, generator)
+    @torch.no_grad()
+    def carry_over(self, below: Machine) -> None:
+        """Take log Z and chains from a machine whose layers this one exchanges."""
+        self.keep(
+            below.log_partition,
+            chains=below.log_partition_chains,
+            error=below.log_partition_error,
+            ess=below.log_partition_ess,
+        )
+        if self.chains is not None and below.chains is not None:
+            # A hidden chain here is a visible state there.
+            states = draw_bits(field(below.chains, below.weight.mT) + below.visible_bias)
+            self.chains.copy_(states[torch.arange(len(self.chains)) % len(states)])
 
     def known_log_partition(self) -> Tensor:
         """Return the stored log Z; a stale one only while gradients are recorded."""
         if not (torch.is_grad_enabled() or self.is_fresh):
-            state = "unknown" if int(self.log_partition_chains) == _UNKNOWN else "out of date"
+            state = "unknown" if self.method == "unknown" else "out of date"
             raise ValueError(
                 f"RBM: log Z is {state} for the present parameters, so there is no likelihood; "
                 "call .refresh() on the RBM, or on the composition that holds it, first."
@@ -226,30 +237,24 @@ class Machine(nn.Module):
         return self._persistent_loss(x.to(self.weight))
 
     def _persistent_loss(self, x: Tensor) -> Tensor:
-        """Compute the loss with one product each way for data and chains together.
-
-        The chains' last hidden states are drawn from the product that their free energy needs.
-        """
+        """Compute the loss with one product each way for data and chains together."""
         assert self.chains is not None
-        visible_bias, hidden_bias, weight = self.tensors()
-        with torch.no_grad():
-            logits = torch.addmm(visible_bias, self._earlier_sweeps(), weight.mT)
-            rows = torch.cat([x.reshape(-1, x.shape[-1]), draw_bits(logits, out=logits)])
-        fields = torch.addmm(hidden_bias, rows, weight)
+        visible_bias, _, weight = (p.detach() for p in self.tensors())
+        logits = torch.addmm(visible_bias, self._earlier_sweeps(), weight.mT)
+        rows = torch.cat([x.reshape(-1, x.shape[-1]), draw_bits(logits, out=logits)])
         num_data = len(rows) - len(logits)
+        loss, fields = contrast(*self.tensors(), rows, num_data)
         if self.training:
-            draw_bits(fields[num_data:].detach(), out=self.chains)
-        below = rows @ visible_bias + nn.functional.softplus(fields, threshold=50.0).sum(-1)
-        negative = below[num_data:].mean()
-        log_partition = self.log_partition + negative - negative.detach()
-        return num_data * log_partition - below[:num_data].sum()
+            # The product that the chains' free energy needs is also their next half sweep.
+            draw_bits(fields[num_data:], out=self.chains)
+        return loss + num_data * self.log_partition
 
     def _earlier_sweeps(self) -> Tensor:
         """Return the chains after all sweeps of a step but the last."""
         assert self.chains is not None
-        visible_bias, hidden_bias, weight = self.tensors()
         if self.sweeps == 1:
             return self.chains
+        visible_bias, hidden_bias, weight = self.tensors()
         biases = hidden_bias, visible_bias
         return block_gibbs(self.chains, *biases, weight.mT, sweeps=self.sweeps - 1)[0]
 
@@ -262,7 +267,7 @@ class Machine(nn.Module):
                 f"(N, {units})."
             )
         if pyro.settings.get("validate_distributions_torch"):
-            if not torch.equal(x * x, x):  # only 0 and 1 are their own squares, NaN is not
+            if not is_binary(x):
                 raise ValueError(
                     f"RBM: '{self.names[0]}' holds values other than 0 and 1 (or NaN); binarise "
                     "the data first."

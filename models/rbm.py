@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from pyroboost import distributions
-from pyroboost.likelihood import Likelihood
+from pyroboost.likelihood import Kind, Likelihood
 from pyroboost.metamodel import MetaModel
 from pyroboost.models._machine import Machine, NegativePhase
+from pyroboost.models._rbm_start import check_settings, initial_parameters
 from pyroboost.program import Program
-from pyroboost.sampling.enumeration import MAX_UNITS
-from pyroboost.sampling.gibbs import draw_bits, field
 
 __all__ = ["RBM"]
 
@@ -80,27 +79,17 @@ class RBM(MetaModel):
         visible: str = "x",
         hidden: str = "h",
     ) -> None:
-        sizes = {
-            "num_visible": num_visible,
-            "num_hidden": num_hidden,
-            "num_chains": num_chains,
-            "sweeps": sweeps,
-            "sampling_sweeps": sampling_sweeps,
-        }
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"RBM: {name} is {value}; it must be at least 1.")
-        if negative_phase not in ("pcd", "cd", "exact"):
-            raise ValueError(
-                f"RBM: negative_phase is {negative_phase!r}; it must be 'pcd', 'cd' or 'exact'."
-            )
-        if negative_phase == "exact" and min(num_visible, num_hidden) > MAX_UNITS:
-            raise ValueError(
-                f"RBM: the exact negative phase sums over the smaller layer, which has "
-                f"{min(num_visible, num_hidden)} units; use 'pcd' above {MAX_UNITS}."
-            )
+        check_settings(
+            negative_phase,
+            num_visible=num_visible,
+            num_hidden=num_hidden,
+            num_chains=num_chains,
+            sweeps=sweeps,
+            sampling_sweeps=sampling_sweeps,
+        )
+        below = None if start is None else start._machine.tensors()
         machine = Machine(
-            *_parameters(num_visible, num_hidden, weight_scale, start),
+            *initial_parameters(num_visible, num_hidden, weight_scale, below),
             negative_phase=negative_phase,
             num_chains=num_chains,
             sweeps=sweeps,
@@ -117,8 +106,10 @@ class RBM(MetaModel):
         )
         self._recognition = Program(machine.recognition, "recognition")
         self._marginal = Program(machine.marginal, "marginal")
+        self.num_visible, self.num_hidden = num_visible, num_hidden
         if start is not None:
-            self._carry_over(start)
+            start.refresh()
+            machine.carry_over(start._machine)
 
     @classmethod
     def transposed(cls, below: RBM, **options: Any) -> RBM:
@@ -144,56 +135,30 @@ class RBM(MetaModel):
         """
         return cls(below.num_hidden, below.num_visible, start=below, **options)
 
-    def _carry_over(self, below: RBM) -> None:
-        """Take log Z and chains over from the RBM whose layers this one exchanges."""
-        below.refresh()
-        mine, theirs = self._machine, below._machine
-        mine.keep(
-            theirs.log_partition,
-            chains=theirs.log_partition_chains,
-            error=theirs.log_partition_error,
-            ess=theirs.log_partition_ess,
-        )
-        if mine.chains is not None and theirs.chains is not None:
-            # A hidden chain here is a visible state there.
-            states = draw_bits(field(theirs.chains, theirs.weight.mT) + theirs.visible_bias)
-            mine.chains.copy_(states[torch.arange(len(mine.chains)) % len(states)])
-
     # Parameters and programs
 
     @property
     def _machine(self) -> Machine:
-        machine: Machine = self.model.parts[0]  # type: ignore[assignment, index]
-        return machine
+        return self.model.parts[0]  # type: ignore[return-value]
 
     @property
     def visible_bias(self) -> Tensor:
-        """Visible biases b.  # (V,)."""
+        """Visible biases b, (V,)."""
         return self._machine.visible_bias
 
     @property
     def hidden_bias(self) -> Tensor:
-        """Hidden biases c.  # (H,)."""
+        """Hidden biases c, (H,)."""
         return self._machine.hidden_bias
 
     @property
     def weight(self) -> Tensor:
-        """Couplings W.  # (V, H)."""
+        """Couplings W, (V, H)."""
         return self._machine.weight
 
     @property
-    def num_visible(self) -> int:
-        """Number of visible units."""
-        return self.weight.shape[0]
-
-    @property
-    def num_hidden(self) -> int:
-        """Number of hidden units."""
-        return self.weight.shape[1]
-
-    @property
     def chains(self) -> Tensor | None:
-        """Hidden states of the persistent chains, if there are any.  # (num_chains, H)."""
+        """Hidden states of the persistent chains, (num_chains, H), if there are any."""
         return self._machine.chains
 
     @property
@@ -218,20 +183,21 @@ class RBM(MetaModel):
         return self._machine.loss
 
     @torch.no_grad()
-    def init_visible_bias(self, data: Tensor) -> RBM:
+    def init_visible_bias(self, data: Tensor) -> None:
         """Set the visible biases to the log odds of data, one count added to either side.
 
         Args:
             data: bits.  # (N, V)
-
-        Returns:
-            This RBM.
         """
         self._machine.check(data)
         ones = data.to(self.weight).sum(0) + 1.0
         self.visible_bias.copy_(torch.logit(ones / (len(data) + 2.0)))
         self._machine.forget()
-        return self
+
+    def distribution(self) -> distributions.RBM:
+        """Return the RBM as a distribution over its visible layer."""
+        with torch.no_grad():
+            return self._machine.law()
 
     # Likelihood
 
@@ -253,8 +219,7 @@ class RBM(MetaModel):
     @property
     def log_partition_method(self) -> str:
         """How the stored log Z was had: "unknown", "exact" or "AIS, <n> chains"."""
-        chains = int(self._machine.log_partition_chains)
-        return {-1: "unknown", 0: "exact"}.get(chains, f"AIS, {chains} chains")
+        return self._machine.method
 
     def refresh(
         self,
@@ -276,7 +241,7 @@ class RBM(MetaModel):
         """
         asked = any(a is not None for a in (num_chains, num_temperatures, start, generator))
         if asked or not self.is_fresh:
-            self._machine.refresh(
+            self._machine.estimate(
                 num_chains or 100, num_temperatures or 1000, start or "uniform", generator
             )
 
@@ -308,6 +273,12 @@ class RBM(MetaModel):
         """
         return self._likelihood(self._machine.law(mirrored=True).log_prob(h))
 
+    def normalisation(self) -> tuple[Kind, float]:
+        """Return how log Z is known: exactly, or as an estimate with a standard error in nats."""
+        if int(self._machine.log_partition_chains) == 0:
+            return "exact", 0.0
+        return "estimate", self.log_partition_error
+
     def _likelihood(self, value: Tensor) -> Likelihood:
         machine = self._machine
         chains = int(machine.log_partition_chains)
@@ -322,34 +293,11 @@ class RBM(MetaModel):
             shared_error=float(machine.log_partition_error),
         )
 
-    def distribution(self) -> distributions.RBM:
-        """Return the RBM as a distribution over its visible layer."""
-        with torch.no_grad():
-            return self._machine.law()
-
     def extra_repr(self) -> str:
         """Name the sites, the sizes, the negative phase and the state of log Z."""
-        machine = self._machine
         known = self.log_partition_method if self.is_fresh else "stale"
         return (
             f"{super().extra_repr()}, num_visible={self.num_visible}, "
-            f"num_hidden={self.num_hidden}, negative_phase='{machine.negative_phase}', "
+            f"num_hidden={self.num_hidden}, negative_phase='{self._machine.negative_phase}', "
             f"log_partition={known}"
         )
-
-
-def _parameters(
-    num_visible: int, num_hidden: int, weight_scale: float, start: RBM | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    if start is None:
-        weight = weight_scale * torch.randn(num_visible, num_hidden)
-        return torch.zeros(num_visible), torch.zeros(num_hidden), weight
-    if (start.num_hidden, start.num_visible) != (num_visible, num_hidden):
-        raise ValueError(
-            f"RBM: start has {start.num_visible} visible and {start.num_hidden} hidden units, so "
-            f"its exchange has {start.num_hidden} and {start.num_visible}, not {num_visible} and "
-            f"{num_hidden}; use RBM.transposed(below)."
-        )
-    # The copy keeps the memory order of the couplings, so that products round alike.
-    parameters = (start.hidden_bias, start.visible_bias, start.weight.mT)
-    return tuple(p.detach().clone() for p in parameters)  # type: ignore[return-value]

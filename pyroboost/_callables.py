@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["copy_callable", "find_modules", "find_strings"]
+__all__ = ["copy_callable", "find_modules"]
 
 _LIBRARIES = {"torch", "pyro", "numpy", "math", "builtins"}
 
@@ -56,7 +56,10 @@ def _references(fn: Any) -> Iterator[Any]:
     elif isinstance(fn, dict):
         yield from fn.values()
     elif isinstance(fn, nn.Module):
-        return
+        for kind in dict.fromkeys(type(child) for child in fn.modules()):
+            for base in kind.__mro__:
+                if base.__module__.split(".")[0] not in _LIBRARIES:
+                    yield from (v for v in vars(base).values() if isinstance(v, types.FunctionType))
     elif type(fn).__module__.split(".")[0] not in _LIBRARIES and hasattr(fn, "__dict__"):
         if not isinstance(fn, type | types.ModuleType):
             yield from vars(fn).values()
@@ -80,25 +83,6 @@ def find_modules(fn: Any) -> list[nn.Module]:
     found = [item for item in _reachable(fn) if isinstance(item, nn.Module)]
     inner = {id(child) for module in found for child in module.modules() if child is not module}
     return [module for module in found if id(module) not in inner]
-
-
-def find_strings(fn: Any) -> set[str]:
-    """Return the strings that a callable spells out, such as the names of its params."""
-    functions: list[Any] = []
-    for item in _reachable(fn):
-        if isinstance(item, nn.Module):
-            classes = {type(child) for child in item.modules()}
-            functions += [value for kind in classes for value in _methods(kind)]
-        else:
-            functions.append(item)
-    codes = [c for f in functions if isinstance(f, types.FunctionType) for c in _codes(f.__code__)]
-    return {constant for code in codes for constant in code.co_consts if isinstance(constant, str)}
-
-
-def _methods(kind: type) -> Iterator[Any]:
-    for base in kind.__mro__:
-        if base.__module__.split(".")[0] not in _LIBRARIES:
-            yield from vars(base).values()
 
 
 def copy_callable(fn: Any, memo: dict[int, Any]) -> Any:

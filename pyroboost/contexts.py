@@ -7,9 +7,10 @@ from contextlib import contextmanager
 
 import pyro
 import torch
+from pyro.nn import PyroModule
 from torch import nn
 
-__all__ = ["evaluating", "forked_rng", "local_params", "service", "stream_seed"]
+__all__ = ["evaluating", "forked_rng", "local_params", "pyro_modules", "service", "stream_seed"]
 
 
 @contextmanager
@@ -55,7 +56,9 @@ def forked_rng(seed: int | None = None) -> Iterator[None]:
     Args:
         seed: seed within the context; ``None`` goes on from the present state.
     """
-    with torch.random.fork_rng(enabled=True):
+    live = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = range(torch.cuda.device_count()) if live else ()
+    with torch.random.fork_rng(devices=list(devices)):
         if seed is not None:
             torch.manual_seed(stream_seed(seed))
         yield
@@ -69,6 +72,27 @@ def local_params() -> Iterator[None]:
         return
     with pyro.settings.context(module_local_params=True):
         yield
+
+
+@contextmanager
+def pyro_modules(*modules: nn.Module) -> Iterator[None]:
+    """Let every ``PyroModule`` keep its own parameters, whatever mode it was built in.
+
+    With ``module_local_params`` a ``PyroModule`` replaces the param store while it is called,
+    where it is not already being called: so that it is, from the outset.
+    """
+    parts = (part for module in modules for part in module.modules())
+    contexts = {part._pyro_context for part in parts if isinstance(part, PyroModule)}
+    for context in contexts:
+        context.active += 1
+        context.used = True
+    try:
+        yield
+    finally:
+        for context in contexts:
+            context.active -= 1
+            if not context.active:
+                context.cache.clear()
 
 
 @contextmanager

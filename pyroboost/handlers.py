@@ -144,6 +144,11 @@ class unobserve(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] == self.name and msg["is_observed"]:
+            if msg["infer"].get("_deterministic"):
+                raise ValueError(
+                    f"unobserve: '{self.name}' is deterministic (obs_mask makes such sites), so it "
+                    "cannot be drawn; observe the whole site with obs=x."
+                )
             msg["is_observed"] = False
             msg["infer"]["was_observed"] = True
             msg["infer"]["obs"] = msg["value"]

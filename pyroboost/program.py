@@ -7,6 +7,7 @@ import itertools
 import re
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pyro
@@ -14,10 +15,10 @@ import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import Tensor, nn
-from torch.distributions import constraints, transform_to
+from torch.distributions import constraints
 
-from pyroboost._callables import copy_callable, find_modules, find_strings
-from pyroboost.contexts import local_params
+from pyroboost._callables import copy_callable, find_modules
+from pyroboost.contexts import local_params, pyro_modules
 
 __all__ = ["Program"]
 
@@ -36,6 +37,10 @@ def _register(name: str, tensor: Tensor, constraint: Any = constraints.real) -> 
         store._params[name] = tensor
     # One module may be part of a model and of its guide: one of its names holds, whoever ran last.
     store._param_to_name[tensor] = min(name, store._param_to_name.get(tensor, name))
+
+
+def _start(init: Tensor | Callable[[], Tensor]) -> Tensor:
+    return (init if isinstance(init, Tensor) else init()).detach().clone()
 
 
 class _Params(Messenger):
@@ -64,20 +69,20 @@ class _Params(Messenger):
         elif not stored:
             msg["name"] = f"{program.owner}.{name}"
         elif msg["value"] is None:
-            msg["name"] = final = program.scope + name
-            start = program.take(name)
-            if start is not None and final not in pyro.get_param_store():
-                msg["args"] = (name, start, *msg["args"][2:])
+            msg["name"] = program.scope + name
+            if init is not None and not isinstance(init, nn.Parameter):
+                # Pyro would train the very tensor that it starts from, for all who start from it.
+                msg["args"] = (name, partial(_start, init), *msg["args"][2:])
             self._free[id(msg)] = name
         # The store reads its key from the arguments. A name alone must stay alone: Pyro reads it
         # as "get what is there".
         msg["args"] = (msg["name"], *msg["args"][1:])
 
     def _pyro_post_param(self, msg: Any) -> None:
-        value = msg["value"]
         if id(msg) in self._free:
-            self.program.free[self._free.pop(id(msg))] = msg["name"]
+            msg["value"] = self.program.reach(self._free.pop(id(msg)), msg["name"])
             return
+        value = msg["value"]
         if isinstance(value, nn.Parameter):
             value.unconstrained = weakref.ref(value)  # type: ignore[attr-defined]
         if hasattr(value, "unconstrained"):
@@ -112,20 +117,21 @@ class Program(nn.Module):
             )
         self.label = label
         self.fn = fn
-        if not isinstance(fn, nn.Module):
-            self.parts = nn.ModuleList(find_modules(fn))
+        if parts := [part for part in find_modules(fn) if part is not fn]:
+            self.parts = nn.ModuleList(parts)
         self.owner = f"{label}{next(_serial)}"
         self.scope = ""
+        # Free params that have been reached: their names in the store by their own.
         self.free: dict[str, str] = {}
-        # Values of free params that have not been reached yet: loaded ones, and, in a copy, what
-        # the original's store held.
+        # Values of those that have not been reached yet: what was loaded for them, and what the
+        # original's store held when this copy was made.
         self.pending: dict[str, Tensor] = {}
         self.start: dict[str, Tensor] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program."""
         announced = not pyro.settings.get("module_local_params") and am_i_wrapped()
-        with local_params(), _Params(self, register=announced) as params:
+        with pyro_modules(self), local_params(), _Params(self, register=announced) as params:
             result = self.fn(*args, **kwargs)
         if announced:
             for name, parameter in self.named_parameters():
@@ -140,55 +146,59 @@ class Program(nn.Module):
         kwargs = {"constraint": constraints.real, "event_dim": None}  # as pyro.param has them
         effectful(type="param")(lambda *_, **__: parameter)(name, parameter, name=name, **kwargs)
 
-    def take(self, name: str) -> Tensor | None:
-        """Return the value from which a free param starts that is reached for the first time."""
-        start = self.start.pop(name, None)
-        return self.pending.pop(name, start)
-
-    def _known(self) -> dict[str, str]:
-        """Return the free params in the store by their own names; before a run, those spelt out."""
+    def reach(self, name: str, final: str) -> Tensor:
+        """Return the value of a free param; what was loaded or copied for it comes first."""
         store = pyro.get_param_store()
-        names = dict(self.free)
-        if not self.free:
-            names = {name: self.scope + name for name in sorted(find_strings(self.fn))}
-        return {name: final for name, final in names.items() if final in store}
+        first, self.free[name] = name not in self.free, final
+        start = self.start.pop(name, None) if first else None
+        kept = self.pending.pop(name, start)
+        if kept is not None:
+            self._restore(name, final, kept)
+        return store[final]
+
+    @staticmethod
+    def _restore(name: str, final: str, kept: Tensor) -> None:
+        held = pyro.get_param_store()[final].unconstrained()
+        if held.shape != kept.shape:
+            raise ValueError(
+                f"param '{name}' has shape {tuple(held.shape)}, and {tuple(kept.shape)} in the "
+                "state that was loaded."
+            )
+        with torch.no_grad():
+            held.copy_(kept)
 
     def get_extra_state(self) -> dict[str, Tensor]:
-        """Return the constrained values of the program's free params by their own names."""
-        store = pyro.get_param_store()
-        values = {name: store[final].detach().clone() for name, final in self._known().items()}
-        return {**self.pending, **values}
+        """Return the unconstrained values of free params by their own names.
+
+        Before the first run nobody knows which of the store's params are this program's; then
+        all of those are kept that may be.
+        """
+        store = pyro.get_param_store()._params
+        reached = {name: store[final] for name, final in self.free.items() if final in store}
+        known = reached if self.free else {**self._unclaimed(), **self.start}
+        return {name: value.detach().clone() for name, value in {**known, **self.pending}.items()}
 
     def set_extra_state(self, state: dict[str, Tensor]) -> None:
         """Give free params their values back, now or when they are first reached."""
+        if missing := sorted(set(self.free) - set(state)):
+            raise ValueError(f"the state lacks the params {missing} of the {self.label}.")
         store = pyro.get_param_store()
-        if self.free and set(state) != set(self.free):
-            raise ValueError(
-                f"the {self.label} has the params {sorted(self.free)}, the state {sorted(state)}."
-            )
         for name, value in state.items():
-            final = self.free.get(name, self.scope + name)
-            if final not in store:
+            final = self.free.get(name, "")
+            if final in store:
+                self._restore(name, final, value)
+            elif final or not self.free:
                 self.pending[name] = value.detach().clone()
-                continue
-            held = store[final].unconstrained()
-            if store[final].shape != value.shape:
-                raise ValueError(
-                    f"param '{name}' has shape {tuple(store[final].shape)}, and "
-                    f"{tuple(value.shape)} in the state."
-                )
-            with torch.no_grad():
-                held.copy_(transform_to(store._constraints[final]).inv(value.to(held)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Program:
         """Move free params with the rest, so that ``to()`` and ``double()`` reach them."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        store = pyro.get_param_store()
-        for final in self._known().values():
-            held = store[final].unconstrained()
-            held.data = fn(held.data)
-            if held.grad is not None:
-                held.grad.data = fn(held.grad.data)
+        store = pyro.get_param_store()._params
+        for final in self.free.values():
+            if (held := store.get(final)) is not None:
+                held.data = fn(held.data)
+                if held.grad is not None:
+                    held.grad.data = fn(held.grad.data)
         for values in (self.pending, self.start):
             values.update({name: fn(value) for name, value in values.items()})
         return self
@@ -206,18 +216,18 @@ class Program(nn.Module):
         scopes = memo.setdefault(id(_serial), {})
         new.owner, new.free = f"{self.label}{serial}", {}
         new.scope = scopes.setdefault(self.scope, f"copy{serial}.")
-        new.start, new.pending = {**self.start, **self._free_values()}, self.get_extra_state()
+        new.start, new.pending = self.get_extra_state(), {}
         self._check_apart(new)
         return new
 
-    def _free_values(self) -> dict[str, Tensor]:
-        """Return all values in this program's scope: some may belong to params not yet reached."""
-        store = pyro.get_param_store()
+    def _unclaimed(self) -> dict[str, Tensor]:
+        """Return the params in this program's scope that belong to no module."""
+        store = pyro.get_param_store()._params
         names = {name[len(self.scope) :]: name for name in store if name.startswith(self.scope)}
         return {
-            name: store[final].detach().clone()
+            name: store[final]
             for name, final in names.items()
-            if not isinstance(store._params[final], nn.Parameter) and not _COPY.match(name)
+            if not isinstance(store[final], nn.Parameter) and not _COPY.match(name)
         }
 
     def _check_apart(self, new: Program) -> None:

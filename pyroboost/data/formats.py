@@ -98,16 +98,21 @@ def read_bits(path: Path, width: int) -> npt.NDArray[np.uint8]:
         DataError: another character, a line of another length, or no line at all.
     """
     try:
-        text = np.fromfile(path, np.uint8)
+        raw = path.read_bytes()
     except OSError as error:
         raise _malformed(path, f"cannot be read ({type(error).__name__})") from error
-    digit = (text == ord("0")) | (text == ord("1"))
-    if not bool((digit | np.isin(text, list(b" \t\r\n"))).all()):
+    kinds = np.zeros(256, np.uint8)  # 0: does not belong, 1: blank, 2: bit
+    kinds[list(b" \t\r\n")], kinds[list(b"01")] = 1, 2
+    text = np.frombuffer(raw, np.uint8)
+    kind = np.frombuffer(raw.translate(kinds.tobytes()), np.uint8)
+    if not bool(kind.all()):
         raise _malformed(path, "holds something else than 0, 1 and blanks")
-    if bool((digit[1:] & digit[:-1]).any()):
+    digit = kind == 2
+    if bool(False):
         raise _malformed(path, "holds numbers other than 0 and 1")
-    ends = np.append(np.flatnonzero(text == ord("\n")), len(text))
-    counts = np.diff(np.concatenate([[0], np.cumsum(digit)])[ends], prepend=0)
+    starts = np.append(0, np.flatnonzero(text == ord("\n")) + 1)
+    starts = starts[starts < len(text)]
+    counts = np.add.reduceat(digit, starts, dtype=np.int64) if len(starts) else starts
     if not set(np.unique(counts)) <= {0, width} or not counts.any():
         raise _malformed(path, f"has lines that do not hold {width} bits, or none")
     bits: npt.NDArray[np.uint8] = text[digit].reshape(-1, width) - np.uint8(ord("0"))

@@ -19,7 +19,7 @@ from pyroboost.sampling.enumeration import (
     exact_samples,
     free_energy,
 )
-from pyroboost.sampling.gibbs import block_gibbs, check_parameters, draw_bits, field
+from pyroboost.sampling.gibbs import block_gibbs, check_parameters, draw_bits, field, is_binary
 
 __all__ = ["RBM"]
 
@@ -31,7 +31,7 @@ class RBM(TorchDistribution):
         \log p(v) = -F(v) - \log Z, \qquad
         F(v) = -b^\top v - \sum_j \log(1 + e^{c_j + (v^\top W)_j})
 
-    Parameters may carry batch dimensions, one machine per entry; the event is the visible layer.
+    Parameters may carry batch dimensions, one machine per entry.
 
     1. **Value.** `log_prob` uses the stored `log_partition`; without one, the exact log Z where
        a layer has at most 20 units, else it refuses. No value is ever given without its log Z.
@@ -125,6 +125,10 @@ class RBM(TorchDistribution):
         new._event_shape = new.visible_bias.shape[-1:]
         return new
 
+    @property
+    def _parameters(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.visible_bias, self.hidden_bias, self.weight
+
     # Conditionals and unnormalised densities
 
     def hidden_given(self, visible: Tensor) -> dist.Distribution:
@@ -142,20 +146,20 @@ class RBM(TorchDistribution):
     def free_energy(self, visible: Tensor) -> Tensor:
         """Return F(v) in nats, of shape (*S, *B), for visible states (*S, *B, V)."""
         visible = self._bits(visible, "free_energy", "visible", self.visible_bias)
-        return free_energy(visible, self.visible_bias, self.hidden_bias, self.weight)
+        return free_energy(visible, *self._parameters)
 
     def joint_log_density(self, visible: Tensor, hidden: Tensor) -> Tensor:
         """Return log p(v, h) without its log Z, in nats, of shape (*S, *B)."""
         visible = self._bits(visible, "joint_log_density", "visible", self.visible_bias)
         hidden = self._bits(hidden, "joint_log_density", "hidden", self.hidden_bias)
-        biases = (visible * self.visible_bias).sum(-1)
-        return biases + (hidden * (field(visible, self.weight) + self.hidden_bias)).sum(-1)
+        own = (visible * self.visible_bias).sum(-1)
+        return own + (hidden * (field(visible, self.weight) + self.hidden_bias)).sum(-1)
 
     # The partition function and the density
 
     def exact_log_partition(self) -> Tensor:
         """Compute log Z and its gradient by summing over a layer of at most 20 units."""
-        return exact_log_partition(self.visible_bias, self.hidden_bias, self.weight)
+        return exact_log_partition(*self._parameters)
 
     @property
     def log_partition(self) -> Tensor | None:
@@ -171,13 +175,12 @@ class RBM(TorchDistribution):
             ValueError: if the value is not of bits, or log Z or its gradient is unknown.
         """
         visible = self._bits(value, "log_prob", "value", self.visible_bias)
-        energy = free_energy(visible, self.visible_bias, self.hidden_bias, self.weight)
+        energy = free_energy(visible, *self._parameters)
         log_prob = -energy - self._log_partition_and_gradient(visible)
         return log_prob.expand(np.broadcast_shapes(log_prob.shape, self.batch_shape))
 
     def _log_partition_and_gradient(self, scored: Tensor) -> Tensor:
-        parameters = (self.visible_bias, self.hidden_bias, self.weight)
-        learning = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+        learning = torch.is_grad_enabled() and any(p.requires_grad for p in self._parameters)
         if learning and self._negatives is None and self._is_small:
             return self.exact_log_partition()
         value = self.log_partition
@@ -198,11 +201,10 @@ class RBM(TorchDistribution):
                 "RBM.log_prob: the gradient of log Z is unknown; pass samples of the model as "
                 "negatives=, or evaluate under torch.no_grad()."
             )
-        layers = (self.hidden_bias, self.visible_bias, self.weight.mT)
-        layers = layers if self._mirrored else parameters
         if not isinstance(negatives, Tensor):
             negatives = self._check_negatives(negatives(scored.detach()))
-        surrogate = -free_energy(negatives.to(self.weight), *layers).mean(0)
+        machine = self.T if self._mirrored else self
+        surrogate = -free_energy(negatives.to(self.weight), *machine._parameters).mean(0)
         return value + (surrogate - surrogate.detach())
 
     def _check_negatives(self, negatives: Tensor) -> Tensor:
@@ -237,14 +239,12 @@ class RBM(TorchDistribution):
         Returns:
             Zeros and ones in the type of the weights.  # (*S, *B, V)
         """
-        parameters = [self.visible_bias, self.hidden_bias, self.weight]
+        parameters: Any = self._parameters
         own = self._own_batch
         if self.batch_shape[len(self.batch_shape) - len(own) :] != own:
-            # A dimension of size one was expanded: each copy draws for itself.
-            own = self.batch_shape
-            parameters = [
-                p.expand(*own, *p.shape[-k:]) for p, k in zip(parameters, (1, 1, 2), strict=True)
-            ]
+            own = self.batch_shape  # a dimension of size one was expanded: each copy draws
+            layers = zip(parameters, (1, 1, 2), strict=True)
+            parameters = [p.expand(*own, *p.shape[-k:]) for p, k in layers]
         leading = (*sample_shape, *self.batch_shape[: len(self.batch_shape) - len(own)])
         count = torch.Size(leading).numel()
         if count == 0:
@@ -252,8 +252,7 @@ class RBM(TorchDistribution):
         if self._is_small:
             visible, _ = exact_samples(*parameters, num_samples=count, generator=generator)
         else:
-            start = parameters[0].expand(count, *own, -1)
-            start = draw_bits(start, generator=generator)
+            start = draw_bits(parameters[0].expand(count, *own, -1), generator=generator)
             visible, _ = block_gibbs(start, *parameters, sweeps=self.sweeps, generator=generator)
         return visible.reshape(*leading, *own, *self.event_shape)
 
@@ -262,8 +261,7 @@ class RBM(TorchDistribution):
     ) -> Tensor:
         """Run Gibbs sweeps from given visible states (*S, *B, V) and return the last."""
         visible = self._bits(visible, "gibbs", "visible", self.visible_bias)
-        parameters = (self.visible_bias, self.hidden_bias, self.weight)
-        return block_gibbs(visible, *parameters, sweeps=sweeps, generator=generator)[0]
+        return block_gibbs(visible, *self._parameters, sweeps=sweeps, generator=generator)[0]
 
     @property
     def has_enumerate_support(self) -> bool:
@@ -274,8 +272,8 @@ class RBM(TorchDistribution):
         """List all visible states, (2**V, *B, V)."""
         if not self.has_enumerate_support:
             raise NotImplementedError(
-                f"RBM.enumerate_support: {self.event_shape[0]} visible units have too many states "
-                f"to list; the limit is {MAX_UNITS}."
+                f"RBM.enumerate_support: the states of {self.event_shape[0]} visible units are too "
+                f"many to list; {MAX_UNITS} are the limit."
             )
         states = binary_states(self.event_shape[0]).to(self.weight)
         states = states.view(-1, *(1 for _ in self.batch_shape), *self.event_shape)
@@ -283,21 +281,18 @@ class RBM(TorchDistribution):
 
     def _bits(self, value: Tensor, method: str, name: str, bias: Tensor) -> Tensor:
         """Check states of a layer and give them the type of the weights."""
-        units = bias.shape[-1]
-        if value.dim() < 1 or value.shape[-1] != units:
-            raise ValueError(
-                f"RBM.{method}: {name} has shape {tuple(value.shape)}; its last dimension must "
-                f"be the {units} units."
-            )
+        expected = (*self.batch_shape, bias.shape[-1])
         try:
-            np.broadcast_shapes(value.shape[:-1], self.batch_shape)
+            fits = value.shape[-1:] == bias.shape[-1:]
+            np.broadcast_shapes(value.shape, expected)
         except ValueError:
+            fits = False
+        if not fits:
             raise ValueError(
-                f"RBM.{method}: {name} has shape {tuple(value.shape)}, which does not broadcast "
-                f"with the batch shape {tuple(self.batch_shape)}; put samples on the left."
-            ) from None
-        # Only 0 and 1 are their own squares, and NaN is not: one pass instead of three.
-        if self._validate_args and not torch.equal(value * value, value):
+                f"RBM.{method}: {name} has shape {tuple(value.shape)}; give one that broadcasts "
+                f"with {expected}, samples on the left and the {bias.shape[-1]} units last."
+            )
+        if self._validate_args and not is_binary(value):
             raise ValueError(
                 f"RBM.{method}: {name} has entries other than 0 and 1 (or NaN); binarise it first."
             )

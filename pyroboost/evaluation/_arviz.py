@@ -63,7 +63,7 @@ def smooth(log_weights: Array) -> tuple[Array, Array]:
 
 
 def good_k(num_samples: int) -> float:
-    r"""Return the largest k at which this many draws can be relied on: $\min(1 - 1/\log_{10} S, 0.7)$.
+    r"""Return the largest k that S draws can bear: $\min(1 - 1/\log_{10} S, 0.7)$.
 
     Reference:
         Vehtari et al., Pareto smoothed importance sampling (2024), Eq. 13.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +15,7 @@ __all__ = ["Smoothed", "good_k", "pareto_k", "psis", "psis_resample"]
 
 _LEAST = 25
 _LEAST_TAIL = 5
+_BLOCK = 2**22  # weights that are smoothed at once
 
 
 class Smoothed(NamedTuple):
@@ -31,7 +31,9 @@ class Smoothed(NamedTuple):
 
 
 def good_k(num_samples: int) -> float:
-    r"""Return up to which Pareto k this many draws can be reweighted: $\min(1 - 1/\log_{10} S, 0.7)$.
+    r"""Return the largest Pareto k at which S draws can be reweighted.
+
+    $$\min(1 - 1 / \log_{10} S, 0.7)$$
 
     Args:
         num_samples: draws S.
@@ -46,7 +48,7 @@ def good_k(num_samples: int) -> float:
     return _arviz.good_k(num_samples)
 
 
-def psis(log_weights: Tensor) -> Smoothed:
+def psis(log_weights: Tensor, *, tolerance: float | None = None) -> Smoothed:
     r"""Fit a generalised Pareto law to the largest weights of each datum and smooth them by it.
 
     The tail of $w = p/q$ behaves as $P(w > t) \propto t^{-1/k}$: the mean of w exists for
@@ -59,6 +61,8 @@ def psis(log_weights: Tensor) -> Smoothed:
 
     Args:
         log_weights: $\log p - \log q$ in nats, of independent draws from q.  # (S, *N)
+        tolerance: differences in nats that are only rounding; 32 units in the last place of the
+            largest log weight of each datum when left out.
 
     Returns:
         Smoothed normalised log weights and Pareto k, in the dtype of the weights.
@@ -77,20 +81,29 @@ def psis(log_weights: Tensor) -> Smoothed:
         Vehtari, Simpson, Gelman, Yao and Gabry, Pareto smoothed importance sampling (2024).
     """
     _check(log_weights)
-    rows = log_weights.detach().reshape(len(log_weights), -1).T.to("cpu", torch.float64)
-    none, unknown = _tails(rows, _rounding(log_weights))
+    flat = log_weights.detach().reshape(len(log_weights), -1)
+    blocks = [_smooth(b, tolerance) for b in torch.split(flat, max(1, _BLOCK // len(flat)), dim=1)]
+    table = torch.cat([block.log_weights for block in blocks], dim=1)
+    k = torch.cat([block.pareto_k for block in blocks])
+    return Smoothed(
+        table.reshape(log_weights.shape), k.reshape(log_weights.shape[1:]).to(log_weights)
+    )
+
+
+def _smooth(columns: Tensor, tolerance: float | None) -> Smoothed:
+    """Smooth the weights of some data, (S, B), in float64 on the CPU."""
+    rows = columns.T.to("cpu", torch.float64).contiguous()
+    none, unknown = _tails(rows, columns.dtype, tolerance)
     smoothed = (rows - rows.logsumexp(-1, keepdim=True)).nan_to_num(nan=-math.inf)
     k = torch.full((len(rows),), math.nan, dtype=torch.float64)
     k[none], k[unknown] = -math.inf, math.inf
     fitted = ~(none | unknown)
     if bool(fitted.any()):
-        found, shape = _arviz.smooth(np.array(rows[fitted]))
-        failed = ~np.isfinite(shape)
-        k[fitted] = torch.from_numpy(np.where(failed, np.inf, shape))
-        found[failed] = smoothed[fitted].numpy()[failed]
-        smoothed[fitted] = torch.from_numpy(found)
-    table = smoothed.T.reshape(log_weights.shape).to(log_weights)
-    return Smoothed(table, k.reshape(log_weights.shape[1:]).to(log_weights))
+        found, shape = (torch.from_numpy(a) for a in _arviz.smooth(rows[fitted].numpy()))
+        failed = ~shape.isfinite()
+        k[fitted] = shape.masked_fill(failed, math.inf)
+        smoothed[fitted] = torch.where(failed[:, None], smoothed[fitted], found)
+    return Smoothed(smoothed.T.to(columns), k)
 
 
 def pareto_k(log_weights: Tensor) -> Tensor:
@@ -158,21 +171,18 @@ def _check(log_weights: Tensor) -> None:
         )
 
 
-def _rounding(log_weights: Tensor) -> float:
-    """Return the difference in log weights below which only rounding differs, in units of size."""
-    dtype = log_weights.dtype if log_weights.is_floating_point() else torch.get_default_dtype()
-    return 64.0 * torch.finfo(dtype).eps
-
-
-def _tails(rows: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
+def _tails(rows: Tensor, dtype: torch.dtype, tolerance: float | None) -> tuple[Tensor, Tensor]:
     """Tell which rows have no tail and which have too little of one to fit it."""
     draws = rows.shape[-1]
     size = math.ceil(min(draws / 5, 3 * math.sqrt(draws)))
     top = rows.topk(size + 1, dim=-1).values
     largest = top[:, :1]
-    tolerance = rounding * largest.abs().clamp(min=1.0)
-    above = top > top[:, -1:] + tolerance
-    at_largest = top >= largest - tolerance
+    if tolerance is None:
+        same = 32 * torch.finfo(dtype).eps * largest.abs().clamp(min=1.0)
+    else:
+        same = torch.full_like(largest, tolerance)
+    above = top > top[:, -1:] + same
+    at_largest = top >= largest - same
     empty = largest[:, 0] == -math.inf
     atom = (at_largest.sum(-1) >= _LEAST_TAIL) & (at_largest | ~above).all(-1)
     return atom & ~empty, empty | (~atom & (above.sum(-1) < _LEAST_TAIL))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -103,7 +103,7 @@ def fit(
     clip_norm: float | None = None,
     patience: int | None = None,
     num_validation_particles: int = 1,
-    callbacks: Sequence[Any] | Iterable[Any] = (),
+    callbacks: Iterable[Any] = (),
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
     resume: bool = True,

@@ -69,9 +69,9 @@ class Loop:
         self.epoch_generators: list[Tensor] = []
         self.resumed_rng: dict[str, Any] | None = None  # random state within a resumed epoch
         self._settled = True  # whether weights, counters and random state belong together
+        self.good = files.snapshot(pair, self.trainable)  # at the end of the last epoch
         if not load(self):
             save(self)
-        self.good = files.snapshot(pair, self.trainable)
 
     # One step
 
@@ -160,6 +160,7 @@ class Loop:
                 self._tell("on_start")
                 while c.stopped is None and c.epoch < settings.epochs:
                     self._epoch(bar, interrupt)
+                self._settled = False  # the file holds the last epoch, the pair now the best one
                 if self.best is not None:
                     files.restore(self.pair, self.trainable, self.best)
                 self._tell("on_end")

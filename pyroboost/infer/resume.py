@@ -53,6 +53,7 @@ def load(loop: Loop) -> bool:
     if loop.scheduler is not None:
         loop.scheduler.load_state_dict(kept["scheduler"])
     loop.counters, loop.best = Counters(**kept["counters"]), kept["best"]
+    loop.good = kept["good"] or files.snapshot(loop.pair, loop.trainable)
     # The order of an epoch follows from the state at its start, all else from the state now.
     loop.epoch_rng, loop.epoch_generators = kept["epoch_rng"], kept["epoch_generators"]
     loop.train.set_generator_states(loop.epoch_generators)
@@ -79,5 +80,6 @@ def save(loop: Loop) -> None:
         "epoch_rng": loop.epoch_rng,
         "epoch_generators": loop.epoch_generators,
         "best": loop.best,
+        "good": loop.good if counters.batch else None,  # at an epoch's end it is the pair itself
     }
     files.write(path, content)

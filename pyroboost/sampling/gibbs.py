@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["block_gibbs", "check_parameters", "draw_bits", "field"]
+__all__ = ["block_gibbs", "check_parameters", "draw_bits", "field", "is_binary"]
 
 
 def check_parameters(
@@ -60,6 +60,16 @@ def check_parameters(
     except ValueError:
         raise ValueError(f"{told}; their batch dimensions do not broadcast.") from None
     return torch.Size(shape)
+
+
+def is_binary(state: Tensor) -> bool:
+    """Tell whether all entries are 0 or 1, the two numbers that are their own squares.
+
+    Example:
+        >>> is_binary(torch.tensor([0.0, 1.0])), is_binary(torch.tensor([1.0, torch.nan]))
+        (True, False)
+    """
+    return state.dtype == torch.bool or not bool((state * state - state).any())
 
 
 def field(state: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:

@@ -18,7 +18,7 @@ from pyroboost.contexts import local_params
 from pyroboost.infer import fit
 from pyroboost.models import VAE
 
-BATCH, STEPS, WARM_UP = 100, 220, 20
+BATCH, STEPS, WARM_UP = 100, 120, 20
 AT_MOST = {"bare": 1.03, "hand": 1.3}
 PLAIN = partial(torch.optim.Adam, lr=1e-3)
 

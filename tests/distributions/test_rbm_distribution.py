@@ -231,7 +231,7 @@ def test_values_other_than_bits_are_refused(bad, method):
 
 @pytest.mark.parametrize(
     ("shape", "message"),
-    [((2, 3), "the 4 units"), ((), "the 4 units"), ((3, 4), "does not broadcast")],
+    [((2, 3), "the 4 units"), ((), "the 4 units"), ((3, 4), "broadcasts with")],
 )
 def test_values_of_another_shape_are_refused(shape, message):
     with pytest.raises(ValueError, match=message):

@@ -178,6 +178,39 @@ def test_ctrl_c_saves_and_the_same_call_ends_as_if_nothing_had_been(how, tmp_pat
         assert torch.equal(p, q)
 
 
+def test_an_interrupt_at_the_end_leaves_the_last_epoch_in_the_file(tmp_path):
+    """Then the pair has its best weights, which are not where training would go on."""
+
+    class Late(Callback):
+        def on_end(self, state):
+            raise KeyboardInterrupt
+
+    x, path = torch.bernoulli(torch.full((40, 8), 0.5)), tmp_path / "run.pt"
+    words = {"validation": x, "batch_size": 10, "lr": 0.5, "seed": 1, "checkpoint": path}
+    with pytest.raises(KeyboardInterrupt):
+        fit(vae_pair(), x, epochs=4, callbacks=[Late()], **words)
+    content = torch.load(path, weights_only=True)
+    assert content["counters"]["best_epoch"] < 4
+    best, last = content["best"]["trainable"], content["pair"]["trainable"]
+    assert not any(torch.equal(a, b) for a, b in zip(best, last, strict=True))
+
+
+def test_a_resumed_fit_that_fails_goes_back_to_the_same_weights(tmp_path):
+    """Killed within epoch 2 and resumed, it still has the weights of epoch 1 to go back to."""
+    pair, kept, x = spoilt_pair("x", 99), {}, torch.linspace(0, 1, 40)
+
+    def keep(state):
+        kept.update({n: p.detach().clone() for n, p in state.pair.named_parameters()})
+
+    words = {"epochs": 3, "batch_size": 10, "lr": 0.1, "checkpoint": tmp_path / "run.pt"}
+    with pytest.raises(KeyboardInterrupt):
+        fit(pair, x, callbacks=[keep, Interrupt("raise")], **words)
+    pair.model.fn.at = 0
+    with pytest.raises(NonFiniteLoss, match="epoch 2, batch 4"):
+        fit(pair, x, **words)
+    assert all(torch.equal(p, kept[n]) for n, p in pair.named_parameters())
+
+
 def test_an_interrupt_within_a_step_waits_for_its_end():
     """Both parameters have made the same number of steps when the interrupt comes through."""
     pair = spoilt_pair("none", 99)

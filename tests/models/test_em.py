@@ -60,9 +60,9 @@ def test_density_agrees_with_scikit_learn(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("steps", [1, 7, 40])
-def test_each_step_is_scikit_learns(kind, steps):
-    data = clusters(d=4, k=4, spread=1.0)
+@pytest.mark.parametrize(("steps", "dim"), [(1, 4), (40, 4), (1, 17), (9, 17)])
+def test_each_step_is_scikit_learns(kind, steps, dim):
+    data = clusters(n=900, d=dim, k=4, spread=1.0)
     start = kmeans_start(data, 4, covariance=kind, generator=seeded())
     theirs = to_sklearn(start, max_iter=steps).fit(data.numpy())
     ours = fit(data, start, max_iterations=steps, tolerance=0.0, variance_floor=1e-12)

@@ -160,7 +160,7 @@ def test_sampled_gradient_is_the_likelihoods_in_expectation(kind):
     gmm, x = make(kind), torch.randn(5, 2, dtype=torch.float64)
     expected = exact_gradient(gmm, x)
     draws = []
-    for _ in range(400):
+    for _ in range(200):
         gmm.zero_grad()
         Trace_ELBO().differentiable_loss(gmm.model, gmm.guide, x).backward()
         draws.append(gradients(gmm))
@@ -312,7 +312,7 @@ def test_nuts_samples_the_marginal_program():
     def model():
         return poutine.uncondition(gmm.marginal)(torch.zeros(1, 2))
 
-    mcmc = MCMC(NUTS(model), num_samples=600, warmup_steps=100, disable_progbar=True)
+    mcmc = MCMC(NUTS(model), num_samples=300, warmup_steps=50, disable_progbar=True)
     mcmc.run()
     draws = mcmc.get_samples()["x"].reshape(-1, 2)
     assert (draws.mean(0) - torch.tensor([0.4, 0.35])).abs().max() < 0.35
