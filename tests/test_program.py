@@ -167,9 +167,7 @@ def test_training_the_original_leaves_the_copy(make, x):
 def test_wrapping_a_pair_that_plain_svi_has_trained_keeps_its_values(make, x):
     pair = make(3, 2)
     model, guide = pair.model.fn, pair.guide.fn
-    pyro.infer.SVI(
-        model, guide, pyro.optim.Adam({"lr": 0.05}), pyro.infer.Trace_ELBO()
-    ).step(x)
+    pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), pyro.infer.Trace_ELBO()).step(x)
     torch.manual_seed(3)
     tr = poutine.trace(guide).get_trace(x)
     expected = poutine.trace(poutine.replay(model, trace=tr)).get_trace(x).log_prob_sum()

@@ -108,7 +108,7 @@ def read_bits(path: Path, width: int) -> npt.NDArray[np.uint8]:
     if not bool(kind.all()):
         raise _malformed(path, "holds something else than 0, 1 and blanks")
     digit = kind == 2
-    if bool(False):
+    if bool((digit[1:] & digit[:-1]).any()):
         raise _malformed(path, "holds numbers other than 0 and 1")
     starts = np.append(0, np.flatnonzero(text == ord("\n")) + 1)
     starts = starts[starts < len(text)]

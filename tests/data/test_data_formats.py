@@ -35,6 +35,7 @@ def test_idx_round_trip(tmp_path, pack, array):
         (b"<html>moved</html>", "not an IDX"),
         (b"", "not an IDX"),
     ],
+    ids="tail stream sum noise short long header floats page empty".split(),
 )
 def test_damaged_idx_is_one_sentence(tmp_path, data, problem):
     path = tmp_path / "x"
