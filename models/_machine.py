@@ -37,6 +37,7 @@ class Machine(nn.Module):
     log_partition_ess: Tensor
     log_partition_chains: Tensor
     evaluated: Tensor
+    baseline: Tensor
 
     def __init__(
         self,
@@ -58,7 +59,7 @@ class Machine(nn.Module):
         self.sampling_sweeps, self.names = sampling_sweeps, names
         chains = draw_bits(hidden_bias.expand(num_chains, -1)) if negative_phase == "pcd" else None
         self.register_buffer("chains", chains)
-        for name in ("log_partition", "log_partition_error", "log_partition_ess"):
+        for name in ("log_partition", "log_partition_error", "log_partition_ess", "baseline"):
             self.register_buffer(name, weight.new_tensor(math.nan))
         self.register_buffer("log_partition_chains", torch.tensor(_UNKNOWN, device=weight.device))
         self.register_buffer("evaluated", self.flat_parameters())
@@ -218,9 +219,28 @@ class Machine(nn.Module):
         """Draw h as the guide does, with the gradient of its score."""
         self.check(x)
         logits = field(x.to(self.weight), self.weight) + self.hidden_bias
-        infer = {"baseline": {"use_decaying_avg_baseline": True}}
+        infer = {"baseline": {"nn_baseline": self.average_cost, "nn_baseline_input": x}}
         with pyro.plate("data", x.shape[-2], device=x.device):
             pyro.sample(self.names[1], dist.Bernoulli(logits=logits).to_event(1), infer=infer)
+
+    def average_cost(self, x: Tensor) -> Tensor:
+        """Return a decaying average of the cost per datum as a baseline for the score.
+
+        Pyro's own average is kept by position in the batch, and so breaks on a last batch that
+        is smaller. Here the gradient of Pyro's squared error of the baseline moves the average.
+        """
+        shape = x.shape[:-1]
+        while shape and shape[0] == 1:  # so Pyro shapes the cost
+            shape = shape[1:]
+        known = not bool(self.baseline.isnan())
+        level = self.baseline.nan_to_num().requires_grad_()
+
+        def follow(gradient: Tensor) -> None:
+            mean = level.detach() - gradient / (2 * shape.numel())
+            self.baseline.copy_(torch.lerp(self.baseline, mean, 0.1) if known else mean)
+
+        level.register_hook(follow)  # type: ignore[no-untyped-call]
+        return level.expand(shape)
 
     def marginal(self, x: Tensor) -> None:
         """Score x with h summed out."""

@@ -163,11 +163,7 @@ class RBM(MetaModel):
 
     @property
     def recognition(self) -> Program:
-        """The guide with the gradient of its score, for use below another stage.
-
-        There the guide is no longer the posterior of the joint that is scored, and a detached
-        one would miss part of the gradient.
-        """
+        """The guide with the gradient of its score: below another stage it is not exact."""
         return self._recognition
 
     @property
@@ -176,10 +172,7 @@ class RBM(MetaModel):
         return self._marginal
 
     def objective(self) -> Callable[..., Tensor]:
-        """Return minus log m(x), summed over the batch, with the gradient of the negative phase.
-
-        It is the bound of the pair with h summed out, which leaves less noise and less work.
-        """
+        """Return minus log m(x) summed over the batch: the bound with h summed out, less noisy."""
         return self._machine.loss
 
     @torch.no_grad()

@@ -24,7 +24,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--data", choices=("digits", "mnist"), default="digits", help="the images")
     demo.add_argument(
-        "--scale", choices=("smoke", "full"), default="full", help="smoke: seconds, numbers of no use"
+        "--scale",
+        choices=("smoke", "full"),
+        default="full",
+        help="smoke: seconds, numbers of no use",
     )
     _common(demo, out="pyroboost-demo")
     reproduce = commands.add_parser(
@@ -57,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _common(parser: argparse.ArgumentParser, *, out: str) -> None:
-    parser.add_argument("--out", type=Path, default=Path(out), metavar="FOLDER", help="where to write")
+    parser.add_argument(
+        "--out", type=Path, default=Path(out), metavar="FOLDER", help="where to write"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="the first seed")
     parser.add_argument(
         "--data-folder", type=Path, metavar="FOLDER", help="where data lie (else PYROBOOST_DATA)"
@@ -107,7 +112,9 @@ def _reproduce(options: argparse.Namespace) -> None:
         _readme(options.readme)
         return
     if options.name is None:
-        raise ValueError("reproduce needs the name of an experiment; see `pyroboost reproduce --list`.")
+        raise ValueError(
+            "reproduce needs the name of an experiment; see `pyroboost reproduce --list`."
+        )
     path = run_experiment(
         registry.find(options.name),
         scale=options.scale,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pyroboost.contexts import forked_rng, service
 from pyroboost.handlers import capture, given, unobserve
 from pyroboost.likelihood import Kind, Likelihood
-from pyroboost.program import Program
+from pyroboost.program import Program, first_tensor
 from pyroboost.traces import datum_log_prob, latent_parents
 
 __all__ = ["MetaModel", "Round", "datum_log_prob"]
@@ -186,7 +186,7 @@ class MetaModel(nn.Module):
                 f"{type(self).__name__}: the shape of '{self.visible}' is unknown before any data; "
                 "pass a template tensor instead of a number."
             )
-        like = next(self.parameters(), None) if like is None else like
+        like = first_tensor(self) if like is None else like
         dtype = like.dtype if like is not None and like.is_floating_point() else None
         device = None if like is None else like.device
         return torch.zeros(num_data, *self.visible_shape, dtype=dtype, device=device)

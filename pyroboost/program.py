@@ -20,7 +20,7 @@ from torch.distributions import constraints
 from pyroboost._callables import copy_callable, find_modules
 from pyroboost.contexts import local_params, pyro_modules
 
-__all__ = ["Program"]
+__all__ = ["Program", "first_tensor"]
 
 _serial = itertools.count()
 _REAL = (None, constraints.real, constraints.real_vector)
@@ -244,3 +244,11 @@ class Program(nn.Module):
         """Name the function that this program runs."""
         fn = self.__dict__.get("fn")
         return "" if fn is None else getattr(fn, "__qualname__", type(fn).__name__)
+
+
+def first_tensor(module: nn.Module) -> Tensor | None:
+    """Return a tensor that tells the dtype and the device of a module with programs in it."""
+    store = pyro.get_param_store()._params
+    programs = (part for part in module.modules() if isinstance(part, Program))
+    free = (store.get(name) for program in programs for name in program.free.values())
+    return next(module.parameters(), next((value for value in free if value is not None), None))

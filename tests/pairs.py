@@ -170,14 +170,14 @@ MAKES = {
 
 
 def log_joint(pair, x):
-    """Draw h and return log m(x, h) - log q(h | x) of a pair, as Pyro traces it, with h's value."""
+    """Draw h and return log m(x, h) - log q(h | x) of a pair, as Pyro traces it."""
     guide = pyro.poutine.trace(pair.guide).get_trace(x)
     model = pyro.poutine.trace(pyro.poutine.replay(pair.model, trace=guide)).get_trace(x)
     return model.log_prob_sum() - guide.log_prob_sum()
 
 
 def seeded_log_joint(pair, x, seed=7):
-    """Return the same as ``log_joint`` for the same seed, so that equal pairs give equal numbers."""
+    """Return ``log_joint`` under a seed, so that equal pairs give equal numbers."""
     torch.manual_seed(seed)
     return log_joint(pair, x).item()
 

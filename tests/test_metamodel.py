@@ -178,7 +178,7 @@ def test_services_run_in_eval_mode_and_give_modes_back():
     pair.model.fn.drop.register_forward_hook(lambda m, *_: seen.append(m.training))
     pair.decode(torch.ones(9, 2))
     pair.sample(torch.ones(9, 2))
-    assert seen and not any(seen)
+    assert set(seen) == {False}
     assert pair.training
     assert pair.model.fn.drop.training
     assert not pair.model.fn.norm.training

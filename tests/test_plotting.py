@@ -55,7 +55,7 @@ class TestBounds:
         ax = plot_bounds({"training": found, "held-out": found})
         line, _, (bars,) = ax.containers[0]
         sums = found.partial_sums()
-        np.testing.assert_allclose(line.get_ydata(), [v for v, _ in sums])
+        np.testing.assert_allclose(line.get_ydata().astype(float), [v for v, _ in sums])
         lengths = [s[1, 1] - s[0, 1] for s in bars.get_segments()]
         np.testing.assert_allclose(lengths, [4 * e for _, e in sums], rtol=1e-5)
         assert [t.get_text() for t in ax.get_legend().get_texts()] == ["training", "held-out"]

@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import Distribution, register_kl
+from torch.distributions import Distribution, constraints, register_kl
 
 from pyroboost.handlers import is_plate
 
@@ -22,7 +22,16 @@ class Chained(dist.MaskedDistribution):
     An analytic KL would treat the two as independent, so it is refused by name.
     """
 
+    @constraints.dependent_property
+    def support(self) -> constraints.Constraint:
+        """The support in the form in which NUTS can transform it."""
+        support = super().support
+        if isinstance(support, constraints.MixtureSameFamilyConstraint):
+            return support.base_constraint
+        return support
 
+
+@register_kl(dist.Delta, Chained)  # type: ignore[no-untyped-call]
 @register_kl(Distribution, Chained)  # type: ignore[no-untyped-call]
 @register_kl(dist.MaskedDistribution, Chained)  # type: ignore[no-untyped-call]
 def _refuse_kl(p: Distribution, q: Distribution) -> Tensor:
@@ -72,10 +81,12 @@ class shared_plates(Messenger):
 
 
 class no_copies(Messenger):
-    """Refuse a value that is drawn once for each value of an enumerated site above it.
+    """Refuse what enumeration makes of a chain that is not its density.
 
-    When only the model is enumerated (NUTS), the site below takes a copy for each value of the
-    discrete site above it, and the density is not that of the model.
+    1. When only the model is enumerated (NUTS), a site below takes a copy for each value of the
+       discrete site above it.
+    2. When the guide enumerates a site and samples one above it, the latter has copies, on which
+       the law of the enumerated site depends; Pyro cannot score that.
 
     Args:
         visible: the site that must not be copied.
@@ -86,18 +97,33 @@ class no_copies(Messenger):
     def __init__(self, visible: str, stage: str, dims: dict[str, int]) -> None:
         super().__init__()
         self.visible, self.stage, self.dims = visible, stage, dims
+        self._msg: Any = None
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] == self.visible and not is_plate(msg):
+            self._msg = msg  # on its way back it has the cascade's name
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if is_plate(msg):
             return
-        if msg["name"] == self.visible and not msg["is_observed"]:
-            batch = msg["value"].shape[: msg["value"].dim() - msg["fn"].event_dim]
-            for site, dim in self.dims.items():
-                if -dim <= len(batch) and batch[dim] > 1:
-                    raise RuntimeError(
-                        f"Cascade: '{self.visible}' of {self.stage} would take one copy for each "
-                        f"value of the enumerated site '{site}'; sum that site out by running "
-                        "`cascade.marginal` instead of `cascade.model`."
-                    )
-        if (dim := msg["infer"].get("_enumerate_dim")) is not None:
-            self.dims[f"{self.stage}: {msg['name']}"] = dim
+        own = msg["infer"].get("_enumerate_dim")
+        if msg is self._msg and not msg["is_observed"]:
+            self._check(msg, own)
+        if own is not None:
+            self.dims[msg["name"]] = own
+
+    def _check(self, msg: Any, own: int | None) -> None:
+        batch = msg["value"].shape[: msg["value"].dim() - msg["fn"].event_dim]
+        for site, dim in self.dims.items():
+            if -dim <= len(batch) and batch[dim] > 1:
+                raise RuntimeError(
+                    f"Cascade: '{msg['name']}' would take one copy for each value of the "
+                    f"enumerated site '{site}' above it; sum that site out by running "
+                    "`cascade.marginal` instead of `cascade.model`."
+                )
+        law = msg["fn"].batch_shape
+        if own is not None and -own <= len(law) and law[own] > 1:
+            raise RuntimeError(
+                f"Cascade: '{msg['name']}' is enumerated and the hidden site of {self.stage} above "
+                "it is sampled once for each of its values; enumerate both or neither."
+            )

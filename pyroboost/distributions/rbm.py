@@ -35,9 +35,8 @@ class RBM(TorchDistribution):
 
     1. **Value.** `log_prob` uses the stored `log_partition`; without one, the exact log Z where
        a layer has at most 20 units, else it refuses. No value is ever given without its log Z.
-    2. **Gradient.** With `negatives` the value of log Z is kept and its gradient is
-       estimated as the mean of :math:`-\partial F` over them; without, it is that of the exact
-       log Z (at most 20 units), else log_prob refuses to be differentiated.
+    2. **Gradient** of log Z: the mean of :math:`-\partial F` over the `negatives`; without
+       them that of the exact log Z (at most 20 units), else log_prob refuses.
     3. **Samples** are exact where a layer has at most 20 units and otherwise the states
        of independent chains after `sweeps` Gibbs sweeps from the independent bits of the visible
        biases: the attribute `sampling` says which.
@@ -106,8 +105,8 @@ class RBM(TorchDistribution):
         """Repeat the distribution over more batch dimensions without copying its parameters."""
         new: RBM = self._get_checked_instance(RBM, _instance)
         new.__dict__.update(self.__dict__)
-        new._batch_shape = torch.Size(np.broadcast_shapes(tuple(batch_shape), self.batch_shape))
-        if new._batch_shape != torch.Size(batch_shape):
+        new._batch_shape = torch.Size(batch_shape)
+        if np.broadcast_shapes(new.batch_shape, self.batch_shape) != new.batch_shape:
             raise ValueError(
                 f"RBM: batch shape {tuple(self.batch_shape)} does not expand to "
                 f"{tuple(batch_shape)}; keep its sizes on the right."
@@ -152,8 +151,8 @@ class RBM(TorchDistribution):
         """Return log p(v, h) without its log Z, in nats, of shape (*S, *B)."""
         visible = self._bits(visible, "joint_log_density", "visible", self.visible_bias)
         hidden = self._bits(hidden, "joint_log_density", "hidden", self.hidden_bias)
-        own = (visible * self.visible_bias).sum(-1)
-        return own + (hidden * (field(visible, self.weight) + self.hidden_bias)).sum(-1)
+        fields = field(visible, self.weight) + self.hidden_bias
+        return (visible * self.visible_bias).sum(-1) + (hidden * fields).sum(-1)
 
     # The partition function and the density
 
@@ -189,9 +188,8 @@ class RBM(TorchDistribution):
                 value = self.exact_log_partition()
         if value is None:
             raise ValueError(
-                "RBM.log_prob: log Z is unknown and both layers have more than "
-                f"{MAX_UNITS} units; estimate it with pyroboost.sampling.annealed_log_partition "
-                "and pass it as log_partition=."
+                f"RBM.log_prob: log Z is unknown and no layer has {MAX_UNITS} units or fewer; pass "
+                "log_partition=, for example from pyroboost.sampling.annealed_log_partition."
             )
         if not learning or value.requires_grad:
             return value
@@ -208,8 +206,8 @@ class RBM(TorchDistribution):
         return value + (surrogate - surrogate.detach())
 
     def _check_negatives(self, negatives: Tensor) -> Tensor:
-        units = self.hidden_bias if self._mirrored else self.visible_bias
-        expected = (*self._own_batch, units.shape[-1])
+        units = self.weight.shape[-1 if self._mirrored else -2]
+        expected = (*self._own_batch, units)
         if negatives.shape[1:] != expected or not len(negatives):
             raise ValueError(
                 f"RBM: negatives have shape {tuple(negatives.shape)}; give visible samples of "
@@ -246,15 +244,13 @@ class RBM(TorchDistribution):
             layers = zip(parameters, (1, 1, 2), strict=True)
             parameters = [p.expand(*own, *p.shape[-k:]) for p, k in layers]
         leading = (*sample_shape, *self.batch_shape[: len(self.batch_shape) - len(own)])
-        count = torch.Size(leading).numel()
-        if count == 0:
-            return self.weight.new_empty(*leading, *own, *self.event_shape)
+        count = max(1, torch.Size(leading).numel())
         if self._is_small:
             visible, _ = exact_samples(*parameters, num_samples=count, generator=generator)
         else:
             start = draw_bits(parameters[0].expand(count, *own, -1), generator=generator)
             visible, _ = block_gibbs(start, *parameters, sweeps=self.sweeps, generator=generator)
-        return visible.reshape(*leading, *own, *self.event_shape)
+        return visible[: torch.Size(leading).numel()].reshape(*leading, *own, *self.event_shape)
 
     def gibbs(
         self, visible: Tensor, sweeps: int = 1, *, generator: torch.Generator | None = None
@@ -271,9 +267,9 @@ class RBM(TorchDistribution):
     def enumerate_support(self, expand: bool = True) -> Tensor:
         """List all visible states, (2**V, *B, V)."""
         if not self.has_enumerate_support:
+            units = self.event_shape[0]
             raise NotImplementedError(
-                f"RBM.enumerate_support: the states of {self.event_shape[0]} visible units are too "
-                f"many to list; {MAX_UNITS} are the limit."
+                f"RBM.enumerate_support: {units} visible units have too many states to list."
             )
         states = binary_states(self.event_shape[0]).to(self.weight)
         states = states.view(-1, *(1 for _ in self.batch_shape), *self.event_shape)
@@ -299,8 +295,8 @@ class RBM(TorchDistribution):
         return value.to(self.weight)
 
     def __repr__(self) -> str:
-        known = self._log_partition is not None
-        log_partition = "stored" if known else "exact" if self._is_small else "unknown"
+        missing = "exact" if self._is_small else "unknown"
+        log_partition = missing if self._log_partition is None else "stored"
         units = f"num_visible={self.event_shape[0]}, num_hidden={self.hidden_bias.shape[-1]}"
         batch = f", batch_shape={tuple(self.batch_shape)}" if self.batch_shape else ""
         return f"RBM({units}{batch}, log_partition={log_partition}, sampling={self.sampling})"

@@ -1,17 +1,28 @@
-"""How good a model is: likelihoods with their kind and error, bounds, posterior quality."""
+"""How good a model is: likelihoods with their kind and error, bounds, posterior quality, ArviZ."""
 
 from pyroboost.evaluation.bounds import Decomposition, Term, decompose
+from pyroboost.evaluation.inference_data import to_arviz
 from pyroboost.evaluation.likelihood import elbo, importance_bound, log_likelihood
+from pyroboost.evaluation.loo import psis_loo
+from pyroboost.evaluation.posterior import PosteriorQuality, posterior_quality
+from pyroboost.evaluation.psis import good_k, pareto_k, psis
 from pyroboost.evaluation.weights import Draw, draw, log_weights
 
 __all__ = [
     "Decomposition",
     "Draw",
+    "PosteriorQuality",
     "Term",
     "decompose",
     "draw",
     "elbo",
+    "good_k",
     "importance_bound",
     "log_likelihood",
     "log_weights",
+    "pareto_k",
+    "posterior_quality",
+    "psis",
+    "psis_loo",
+    "to_arviz",
 ]

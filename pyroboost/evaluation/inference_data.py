@@ -23,6 +23,7 @@ def to_arviz(
     *args: Any,
     num_samples: int = 1000,
     visible: str | None = None,
+    prior: bool = True,
     predictive: bool = True,
     resample: bool = False,
 ) -> Any:
@@ -45,6 +46,7 @@ def to_arviz(
         *args: further arguments.
         num_samples: draws S; each runs the pair once on all the data.
         visible: the observed site that is the data; only for a (model, guide) with several.
+        prior: whether to draw from the prior too.
         predictive: whether to draw data too, which takes the memory of S data sets, twice.
         resample: whether to resample the draws by their Pareto-smoothed weights, datum by datum
             where data have their own hidden values. They then stand for the posterior itself, as
@@ -75,7 +77,8 @@ def to_arviz(
     groups, where, plates = _posterior(item, everything, num_samples, predictive)
     if resample:
         _resample(groups, where)
-    groups |= _prior(item, everything, num_samples, where, predictive)
+    if prior:
+        groups |= _prior(item, everything, num_samples, where, predictive)
     groups["constant_data"] = _constants(item, everything, groups["observed_data"], where, plates)
     attrs = {"resampled": "PSIS"} if resample else {}
     return _arviz.container(

@@ -60,6 +60,7 @@ def psis_loo(
     options: dict[str, Any] = {
         "num_samples": num_samples,
         "visible": visible,
+        "prior": False,
         "predictive": False,
     }
     item = tr.subject(pair, (data, *args), visible, "psis_loo")

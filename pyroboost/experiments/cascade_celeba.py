@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyroboost import data
 from pyroboost.compose import Cascade
+from pyroboost.contexts import forked_rng
 from pyroboost.experiments import parts
 from pyroboost.experiments.figures import sample_grids
 from pyroboost.experiments.parts import Images, Training
@@ -107,9 +108,7 @@ def make_folder(folder: Path, *, count: int = 60, seed: int = 0) -> Path:
 def _batches(part: object, limit: int | None, device: str) -> _Dequantised:
     if not isinstance(part, data.ImageBatches):
         raise TypeError("celeba: the loader gave no batches of pictures; pass ImageBatches.")
-    kept = data.ImageBatches(
-        part.paths[:limit], part.read, part.batch_size, shuffle=part.shuffle
-    )
+    kept = data.ImageBatches(part.paths[:limit], part.read, part.batch_size, shuffle=part.shuffle)
     return _Dequantised(kept, device)
 
 
@@ -119,7 +118,7 @@ def _load(run: Run, sizes: Sizes, folder: Path | None) -> tuple[Images, Tensor]:
     found = data.celeba(where, size=sizes.side, batch_size=size)
     train = _batches(found.train, sizes.train_images, run.device)
     held_out = _batches(found.validation, sizes.test_images, run.device)
-    with parts.forked_rng(0):
+    with forked_rng(0):
         test = torch.cat(list(_batches(found.test, sizes.test_images, run.device)))
     none = torch.zeros(0)
     images = Images(

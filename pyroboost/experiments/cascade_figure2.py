@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from pyroboost.compose import Cascade
+from pyroboost.contexts import forked_rng
 from pyroboost.evaluation.bounds import Decomposition
 from pyroboost.experiments import parts
 from pyroboost.experiments.figures import bound_charts
@@ -108,10 +109,8 @@ class _Builder:
             held_out=not is_rbm,
         )
         if isinstance(new, RBM):
-            with parts.forked_rng(self.seed):
-                new.refresh(
-                    num_chains=self.sizes.chains, num_temperatures=self.sizes.temperatures
-                )
+            with forked_rng(self.seed):
+                new.refresh(num_chains=self.sizes.chains, num_temperatures=self.sizes.temperatures)
         self.stages[kinds] = new
 
     def _stage(self, below: str, kind: str) -> MetaModel:
@@ -124,7 +123,9 @@ class _Builder:
         if isinstance(under, RBM):
             return RBM.transposed(under, sweeps=sizes.sweeps)
         data = self.found.train
-        return RBM(data.shape[1], sizes.hidden, sweeps=sizes.sweeps).init_visible_bias(data)
+        bottom = RBM(data.shape[1], sizes.hidden, sweeps=sizes.sweeps)
+        bottom.init_visible_bias(data)
+        return bottom
 
 
 def _size(stage: MetaModel) -> int:
@@ -191,7 +192,9 @@ def _measure(
     cascade: Cascade, data: Mapping[str, Tensor], sizes: Sizes, seed: int
 ) -> dict[str, Decomposition]:
     samples = sizes.bound_samples
-    return {part: parts.bounds(cascade, x, seed=seed, num_samples=samples) for part, x in data.items()}
+    return {
+        part: parts.bounds(cascade, x, seed=seed, num_samples=samples) for part, x in data.items()
+    }
 
 
 def _rows(chart: str, runs: list[dict[str, Decomposition]]) -> list[dict[str, Any]]:

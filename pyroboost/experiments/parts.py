@@ -27,6 +27,7 @@ __all__ = [
     "ASSUMED",
     "Images",
     "Training",
+    "as_images",
     "bounds",
     "distinguishable",
     "grey_share",
@@ -94,24 +95,42 @@ class Training:
 def images(run: Run) -> Images:
     """Return MNIST as bits drawn once; at smoke scale scikit-learn's 8 x 8 digits."""
     if run.scale == "smoke":
-        found, name = data.digits("stochastic"), "scikit-learn's digits, 8 x 8"
+        found = data.digits("stochastic")
     else:
         found = data.mnist("stochastic", validation=5_000, folder=run.data_folder)
-        name = "MNIST, 28 x 28"
-    generator = torch.Generator().manual_seed(_TRAIN_BITS_SEED)
-    bits = found.train_tensor(generator=generator)
+    return as_images(found, "bits drawn once with the grey levels as probabilities", run.device)
+
+
+def as_images(found: data.Dataset, bits: str, device: str = "cpu") -> Images:
+    """Return a data set's parts as tensors on a device; stochastic training bits are drawn once.
+
+    Args:
+        found: what a loader returned, with labels.
+        bits: how its bits came about, in words.
+        device: where they go.
+
+    Raises:
+        TypeError: a held-out part came as batches.
+        ValueError: there are no labels.
+    """
+    train = found.train_tensor(generator=torch.Generator().manual_seed(_TRAIN_BITS_SEED))
     held_out, test = found.validation, found.test
     labels, test_labels = found.train_labels, found.test_labels
     if not (isinstance(held_out, Tensor) and isinstance(test, Tensor)):
-        raise TypeError("images: held-out digits came as batches; pass tensors.")
+        raise TypeError(f"as_images: held-out parts of {found.name} are batches; pass tensors.")
     if labels is None or test_labels is None:
-        raise ValueError("images: the digits came without labels; place the label files.")
-    rows = f"{len(bits):,} training, {len(held_out):,} held-out and {len(test):,} test images"
-    where = torch.device(run.device)
+        raise ValueError(f"as_images: {found.name} came without labels; place the label files.")
+    name = {"digits": "scikit-learn's digits", "mnist": "MNIST"}.get(found.name, found.name)
+    size = " x ".join(map(str, found.image_shape))
+    rows = f"{len(train):,} training, {len(held_out):,} held-out and {len(test):,} test images"
     return Images(
-        *(part.to(where) for part in (bits, held_out, test, labels, test_labels)),
+        train=train.to(device),
+        validation=held_out.to(device),
+        test=test.to(device),
+        labels=labels.to(device),
+        test_labels=test_labels.to(device),
         shape=found.image_shape,
-        words=f"{name}, bits drawn once with the grey levels as probabilities; {rows}",
+        words=f"{name}, {size}, {bits}; {rows}",
     )
 
 
@@ -159,7 +178,9 @@ def train(
         progress=run.progress,
     )
     for stage in boosted.stages:
-        run.say(f"seed {seed}, {folder}: stage {stage.index + 1} {stage.name}, {stage.seconds:.0f} s")
+        run.say(
+            f"seed {seed}, {folder}: stage {stage.index + 1} {stage.name}, {stage.seconds:.0f} s"
+        )
     return boosted
 
 
@@ -170,9 +191,7 @@ def bounds(pair: MetaModel, x: Tensor, *, seed: int, num_samples: int) -> Decomp
         return decompose(cascade, x, num_samples=num_samples, num_importance=1)
 
 
-def importance_likelihood(
-    pair: MetaModel, x: Tensor, *, seed: int, num_samples: int
-) -> Likelihood:
+def importance_likelihood(pair: MetaModel, x: Tensor, *, seed: int, num_samples: int) -> Likelihood:
     """Return importance-sampled log-likelihoods, from a random stream of its own."""
     with forked_rng(seed):
         return log_likelihood(pair, x, num_samples=num_samples)
@@ -229,7 +248,7 @@ def distinguishable(drawn: Tensor, known: Tensor, labels: Tensor, neighbours: in
         1 where the vote is clear, else 0.  # (N,)
     """
     votes = []
-    for rows in drawn.split(200):
+    for rows in torch.split(drawn, 200):
         nearest = torch.cdist(rows, known).topk(neighbours, largest=False).indices
         counts = torch.nn.functional.one_hot(labels[nearest]).sum(1)
         votes.append(counts.max(-1).values >= math.ceil(0.9 * neighbours))

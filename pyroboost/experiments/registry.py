@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 
-from pyroboost.experiments import cascade, cascade_celeba, cascade_figure2
+from pyroboost.experiments import cascade, cascade_celeba, cascade_figure2, cascade_figure4
 from pyroboost.experiments.runner import SCALES, Experiment
 
 __all__ = ["EXPERIMENTS", "find", "listing"]
@@ -39,7 +39,7 @@ EXPERIMENTS = (
         name="cascade.figure4",
         title="a VAE against a deeper, a wider and a boosted one on MNIST",
         reference=f"{_PAPER}, Figure 4",
-        function=cascade.figure4,
+        function=cascade_figure4.figure4,
         times={"smoke": "5 s", "cpu": "25 min", "paper": "a day; take a GPU"},
         seeds={"smoke": 1, "cpu": 1, "paper": 3},
     ),

@@ -16,6 +16,7 @@ from pyroboost.experiments import record
 __all__ = ["SCALES", "Experiment", "Findings", "Run", "Scale", "run_experiment"]
 
 Scale = Literal["smoke", "cpu", "paper"]
+_SMOKE = "smoke scale: other data and tiny models; the numbers mean nothing"
 SCALES: tuple[Scale, ...] = get_args(Scale)
 
 
@@ -47,6 +48,13 @@ class Run:
     def checkpoints(self, *parts: str) -> Path:
         """Return a folder for checkpoints; the same run finds them there again."""
         return self.out / "checkpoints" / self.name / Path(*parts)
+
+    def forget(self) -> None:
+        """Remove this run's checkpoints."""
+        shutil.rmtree(self.checkpoints(), ignore_errors=True)
+        folder = self.out / "checkpoints"
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 @dataclass(frozen=True)
@@ -179,10 +187,10 @@ def run_experiment(
             "rows": [dict(row) for row in found.rows],
             "shown": list(found.shown),
             "claims": [dict(one) for one in found.claims],
-            "notes": list(found.notes),
+            "notes": [*([_SMOKE] if scale == "smoke" else []), *found.notes],
             "figures": figures,
         },
         path,
     )
-    shutil.rmtree(run.checkpoints(), ignore_errors=True)
+    run.forget()
     return path

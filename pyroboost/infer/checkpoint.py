@@ -30,26 +30,15 @@ def _copied(value: Any, memo: dict[Any, Tensor]) -> Any:
     return value
 
 
-def snapshot(pair: nn.Module, trainable: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Copy the complete state of a pair.
-
-    The unconstrained values stand beside the state, because the state holds constrained params in
-    their constrained form, from which they come back only up to rounding.
-    """
-    memo: dict[Any, Tensor] = {}
-    return {
-        "state": _copied(pair.state_dict(), memo),
-        "trainable": [_copied(tensor, memo) for tensor in trainable.values()],
-    }
+def snapshot(pair: nn.Module) -> dict[str, Any]:
+    """Copy the complete state of a pair: parameters, buffers and free params, unconstrained."""
+    state: dict[str, Any] = _copied(pair.state_dict(), {})
+    return state
 
 
-def restore(pair: nn.Module, trainable: Mapping[str, Tensor], kept: dict[str, Any]) -> None:
+def restore(pair: nn.Module, state: dict[str, Any]) -> None:
     """Put a snapshot back, bit for bit, into the same tensors."""
-    pair.load_state_dict(kept["state"])
-    with torch.no_grad():
-        # By place, since a free param of a deep-copied pair bears the number of the copy.
-        for tensor, value in zip(trainable.values(), kept["trainable"], strict=True):
-            tensor.copy_(value)
+    pair.load_state_dict(state)
 
 
 def describe(value: Any) -> Any:

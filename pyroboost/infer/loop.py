@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
+import pyro
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -41,7 +42,8 @@ class Loop:
         self.settings, self.device = settings, device
         with isolated_rng(device):
             first = train.peek()
-        found = pair.named_trainable(*first)
+        with pyro.validation_enabled(False):  # a draw that fails is for a step to name
+            found = pair.named_trainable(*first)
         self.trainable = {name: tensor for name, tensor in found.items() if tensor.requires_grad}
         if not self.trainable:
             raise ValueError(
@@ -69,7 +71,7 @@ class Loop:
         self.epoch_generators: list[Tensor] = []
         self.resumed_rng: dict[str, Any] | None = None  # random state within a resumed epoch
         self._settled = True  # whether weights, counters and random state belong together
-        self.good = files.snapshot(pair, self.trainable)  # at the end of the last epoch
+        self.good = files.snapshot(pair)  # at the end of the last epoch
         if not load(self):
             save(self)
 
@@ -134,7 +136,7 @@ class Loop:
     ) -> NoReturn:
         c = self.counters
         kept, epoch = (self.good, c.epoch) if self.best is None else (self.best, c.best_epoch)
-        files.restore(self.pair, self.trainable, kept)
+        files.restore(self.pair, kept)
         self._settled = False
         site, culprit = found or (None, "no site, but the loss or its gradient itself")
         place = f"batch {held_out} of the held-out data" if held_out else f"batch {c.batch + 1}"
@@ -162,7 +164,7 @@ class Loop:
                     self._epoch(bar, interrupt)
                 self._settled = False  # the file holds the last epoch, the pair now the best one
                 if self.best is not None:
-                    files.restore(self.pair, self.trainable, self.best)
+                    files.restore(self.pair, self.best)
                 self._tell("on_end")
         except KeyboardInterrupt:
             if self._settled:
@@ -231,7 +233,7 @@ class Loop:
         }
         c.history.append(row)
         c.epoch, c.batch, c.num_data, c.loss_sum, c.epoch_seconds = c.epoch + 1, 0, 0, 0.0, 0.0
-        self.good = files.snapshot(self.pair, self.trainable)
+        self.good = files.snapshot(self.pair)
         self._judge(bound)
         self._schedule(row)
         self._settled = True

@@ -48,12 +48,12 @@ def load(loop: Loop) -> bool:
         return False
     kept = files.read(path)
     files.check_settings(path, kept["settings"], described(loop))
-    files.restore(loop.pair, loop.trainable, kept["pair"])
+    files.restore(loop.pair, kept["pair"])
     loop.optimizer.load_state_dict(kept["optimizer"])
     if loop.scheduler is not None:
         loop.scheduler.load_state_dict(kept["scheduler"])
     loop.counters, loop.best = Counters(**kept["counters"]), kept["best"]
-    loop.good = kept["good"] or files.snapshot(loop.pair, loop.trainable)
+    loop.good = kept["good"] or files.snapshot(loop.pair)
     # The order of an epoch follows from the state at its start, all else from the state now.
     loop.epoch_rng, loop.epoch_generators = kept["epoch_rng"], kept["epoch_generators"]
     loop.train.set_generator_states(loop.epoch_generators)
@@ -73,7 +73,7 @@ def save(loop: Loop) -> None:
     content = {
         "settings": described(loop),
         "counters": asdict(counters),
-        "pair": {"state": loop.pair.state_dict(), "trainable": list(loop.parameters)},
+        "pair": loop.pair.state_dict(),
         "optimizer": loop.optimizer.state_dict(),
         "scheduler": loop.scheduler.state_dict() if loop.scheduler else None,
         "rng": rng,

@@ -168,6 +168,7 @@ def test_samples_repeat_with_the_generator(units):
     )
     assert torch.equal(one, two)
     assert one.shape == (4, 2, units[0])
+    assert rbm.sample((0,)).shape == (0, 2, units[0])
     assert not torch.equal(one, other)
 
 

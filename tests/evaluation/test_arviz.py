@@ -1,6 +1,7 @@
 """ArviZ's container, whichever ArviZ is installed: groups, dimensions, densities, netCDF, LOO."""
 
 import math
+import warnings
 
 import arviz
 import numpy as np
@@ -76,9 +77,11 @@ class TestGroups:
     def test_weights_are_those_of_log_weights(self):
         pair = VAE(6, 2, units=8)
         x = torch.bernoulli(torch.full((5, 6), 0.5))
-        weight = tensor(to_arviz(pair, x, num_samples=600)["sample_stats"]["log_weight"])[0]
-        other = log_weights(pair, x, num_samples=600)
-        error = ((weight.var(0) + other.var(0)) / 600).sqrt()
+        weight = tensor(
+            to_arviz(pair, x, num_samples=300, prior=False)["sample_stats"]["log_weight"]
+        )[0]
+        other = log_weights(pair, x, num_samples=300)
+        error = ((weight.var(0) + other.var(0)) / 300).sqrt()
         assert bool(((weight.mean(0) - other.mean(0)).abs() < 4 * error + 1e-6).all())
 
     def test_prior_and_predictive_laws(self):
@@ -100,7 +103,7 @@ class TestGroups:
         assert groups(found) == GROUPS - {"posterior_predictive", "prior_predictive"}
 
     def test_cascade(self):
-        cascade = Cascade(VAE(6, 3, units=8), VAE(3, 2, units=8, likelihood="normal"), GMM(2, 2))
+        cascade = Cascade(VAE(6, 3, units=8), VAE(3, 2, units=8, likelihood="gaussian"), GMM(2, 2))
         x = torch.bernoulli(torch.full((5, 6), 0.5))
         found = to_arviz(cascade, x, num_samples=20)
         assert groups(found) == GROUPS
@@ -245,10 +248,10 @@ class TestNetCDF:
 
 class TestResampling:
     def test_each_datum_is_resampled_apart(self):
-        x = torch.linspace(-2, 2, 40, dtype=torch.float64)
+        x = torch.linspace(-2, 2, 20, dtype=torch.float64)
         pair = local_pair(1.2, 0.3)
-        plain = to_arviz(pair, x, num_samples=2000, predictive=False)
-        found = to_arviz(pair, x, num_samples=2000, predictive=False, resample=True)
+        plain = to_arviz(pair, x, num_samples=1000, prior=False)
+        found = to_arviz(pair, x, num_samples=1000, prior=False, resample=True)
         off = plain["posterior"]["z"].values[0].mean(0) - x.numpy() / 2
         right = found["posterior"]["z"].values[0]
         assert np.abs(off).min() > 0.2
@@ -276,7 +279,9 @@ class TestResampling:
 
     def test_shared_hidden_values_move_together(self):
         x = torch.randn(10, dtype=torch.float64) + 1
-        found = to_arviz((shared_model, shared_guide(1.4)), x, num_samples=3000, resample=True)
+        found = to_arviz(
+            (shared_model, shared_guide(1.4)), x, num_samples=1500, prior=False, resample=True
+        )
         loc, scale = shared_posterior(x)
         mean = found["posterior"]["mean"].values
         assert abs(mean.mean() - float(loc)) < 0.03
@@ -287,7 +292,7 @@ class TestLeaveOneOut:
     @pytest.mark.parametrize("width", [1.0, 1.5])
     def test_shared_mean_in_closed_form(self, width):
         x = torch.randn(20, dtype=torch.float64) + 1
-        found = psis_loo((shared_model, shared_guide(width)), x, num_samples=3000)
+        found = psis_loo((shared_model, shared_guide(width)), x, num_samples=1000)
         value, error = _arviz.elpd(found)
         assert abs(value - float(shared_elpd(x))) < 0.15
         assert 0 < error < 5
@@ -295,16 +300,20 @@ class TestLeaveOneOut:
 
     def test_draws_of_a_wide_guide_as_they_are_would_be_wrong(self):
         x = torch.randn(20, dtype=torch.float64) + 1
-        draws = to_arviz((shared_model, shared_guide(3.0)), x, num_samples=3000, predictive=False)
-        raw, _ = _arviz.elpd(_arviz.loo(draws, "x"))
-        found, _ = _arviz.elpd(psis_loo((shared_model, shared_guide(3.0)), x, num_samples=3000))
+        draws = to_arviz((shared_model, shared_guide(3.0)), x, num_samples=1000, prior=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Estimated shape parameter of Pareto")
+            raw, _ = _arviz.elpd(_arviz.loo(draws, "x"))
+        found, _ = _arviz.elpd(psis_loo((shared_model, shared_guide(3.0)), x, num_samples=1000))
         exact = float(shared_elpd(x))
-        assert abs(found - exact) < 0.15
-        assert abs(raw - exact) > 0.5
+        assert abs(found - exact) < 0.3
+        assert abs(raw - exact) > 3
 
     def test_resampled_draws_serve_arviz_directly(self):
         x = torch.randn(20, dtype=torch.float64) + 1
-        found = to_arviz((shared_model, shared_guide(1.5)), x, num_samples=3000, resample=True)
+        found = to_arviz(
+            (shared_model, shared_guide(1.5)), x, num_samples=1000, prior=False, resample=True
+        )
         value, _ = _arviz.elpd(arviz.loo(found, var_name="x", reff=1.0))
         assert abs(value - float(shared_elpd(x))) < 0.15
 

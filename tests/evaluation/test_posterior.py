@@ -23,7 +23,6 @@ from pyroboost import Cascade, MetaModel
 from pyroboost.evaluation.posterior import posterior_quality
 from pyroboost.models import GMM, VAE
 
-
 _MANY = Trace_ELBO(num_particles=20, vectorize_particles=True, max_plate_nesting=1)
 
 
@@ -64,6 +63,14 @@ class TestClosedForms:
         found = posterior_quality(local_pair(0.6), x, num_samples=5000)
         assert abs(float(found.pareto_k.mean()) - (1 - 0.36)) < 0.08
 
+    def test_effective_sizes_of_a_wide_guide_in_closed_form(self):
+        # E[w]^2 / E[w^2] = sqrt(2 s^2 - 1) / s^2 for one datum, to the power N for N of them.
+        x, ratio = torch.zeros(10, dtype=torch.float64), math.sqrt(2 * 1.69 - 1) / 1.69
+        found = posterior_quality(local_pair(1.3), x, num_samples=4000)
+        assert abs(float(found.ess.mean()) / 4000 - ratio) < 0.01
+        assert abs(found.joint_ess / 4000 - ratio**10) < 0.04
+        assert -math.inf < found.joint_pareto_k < 0.3
+
     def test_a_missed_mode_is_not_seen_and_the_words_say_so(self):
         def model(x):
             with pyro.plate("data", len(x)):
@@ -79,7 +86,9 @@ class TestClosedForms:
         found = posterior_quality((model, guide), torch.zeros(3), num_samples=200)
         assert float(found.pareto_k.max()) < 0.1
         assert found.gap.value < 0.01
-        assert found.elbo.value == pytest.approx(-math.log(2) - 0.5 * math.log(2 * math.pi), abs=0.01)
+        assert found.elbo.value == pytest.approx(
+            -math.log(2) - 0.5 * math.log(2 * math.pi), abs=0.01
+        )
         assert "cannot see a mode" in found.describe()
 
     def test_the_words_hold_numbers_and_no_verdict(self, x):

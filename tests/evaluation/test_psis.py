@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from gaussian_pairs import local_guide, local_model
 from pyro.infer.importance import psis_diagnostic, vectorized_importance_weights
 from pyro.ops.stats import fit_generalized_pareto
 
 from pyroboost.evaluation.psis import good_k, pareto_k, psis, psis_resample
-from gaussian_pairs import local_guide, local_model
 
 
 def narrow_weights(width, draws, data):

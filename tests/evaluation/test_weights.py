@@ -37,7 +37,9 @@ def test_weight_of_a_draw_is_its_own_densities(pairs):
         ]
     ).flatten()
     torch.testing.assert_close(found.log_weight, by_hand.detach(), atol=1e-5, rtol=1e-5)
-    prior = torch.stack([dist.Bernoulli(logits=pair.m.prior).log_prob(h).sum() for h in found.hidden])
+    prior = torch.stack(
+        [dist.Bernoulli(logits=pair.m.prior).log_prob(h).sum() for h in found.hidden]
+    )
     torch.testing.assert_close(found.log_prior, prior.detach(), atol=1e-5, rtol=1e-5)
 
 

@@ -4,6 +4,7 @@ A program of its own, ``python fit_killed.py FOLDER CASE ...``: each fit runs in
 so that the kills are real and cheap. Prints one JSON line of the disagreements that it found.
 """
 
+import io
 import json
 import os
 import random
@@ -17,7 +18,7 @@ import pyro
 import torch
 import torch._dynamo  # what the first optimiser imports: once here, not in every child
 from fit_pairs import Bits, chained_pair, normal_pair, vae_pair
-from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from pyroboost.infer import Callback, fit
@@ -69,7 +70,7 @@ def reals():
     return torch.linspace(-1.0, 3.0, 47)
 
 
-decay = partial(ExponentialLR, gamma=0.8)
+decay = partial(LambdaLR, lr_lambda=lambda epoch: 1.0 / (1.0 + epoch))
 plateau = partial(ReduceLROnPlateau, mode="max", patience=0)
 CASES = {
     "tensor": (vae_pair, lambda: BITS, {"checkpoint_every": 1, "seed": 3, "scheduler": decay}),
@@ -104,6 +105,23 @@ CASES = {
 }
 
 
+def half_written(save, number):
+    """Let the checkpoint of this number be cut off in its middle by the kill."""
+    left = [number]
+
+    def saving(content, file):
+        left[0] -= 1
+        if left[0]:
+            return save(content, file)
+        whole = io.BytesIO()
+        save(content, whole)
+        file.write(whole.getvalue()[: whole.tell() // 2])
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    return saving
+
+
 def run(case, path, start, kill, out=None):
     """Fit one case from its own random start in a child process; return its exit status."""
     child = os.fork()
@@ -116,23 +134,17 @@ def run(case, path, start, kill, out=None):
             words.pop("lr")
         pyro.set_rng_seed(start)
         if kill == "writing":
-            replace, left = os.replace, [4]
-
-            def killing(*names):
-                left[0] -= 1
-                if not left[0]:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                replace(*names)
-
-            os.replace = killing
+            torch.save = half_written(torch.save, 4)
         pair = make()
         result = fit(pair, data(), epochs=3, checkpoint=path, callbacks=[Kill(kill)], **words)
         if out is not None:
             rows = [{k: v for k, v in row.items() if k != "seconds"} for row in result.history]
             store = pyro.get_param_store()
             free = {name: store[name].unconstrained().detach() for name in store}
+            # Free params are compared unconstrained, as the store has them.
+            state = {n: v for n, v in pair.state_dict().items() if "_extra_state" not in n}
             kept = {
-                "state": pair.state_dict(),
+                "state": state,
                 "free": free,
                 "history": repr((rows, result.best_epoch, result.best_bound, result.stopped)),
                 "rng": torch.get_rng_state() if "seed" not in words else torch.zeros(1),

@@ -1,5 +1,7 @@
 """Small pairs that the tests of the training loop share."""
 
+from functools import partial
+
 import pyro
 import pyro.distributions as dist
 import torch
@@ -109,3 +111,33 @@ class Bits:
         bits = torch.bernoulli(self.grey)
         self.passes.append(bits)
         return iter(bits.split(self.batch_size))
+
+
+def factor_pair(log_factor=lambda w: -((w - 3.0) ** 2)):
+    """A pair with one weight w whose bound per datum is log_factor(w), whatever the data."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor(0.0))
+
+        def forward(self, x, *labels):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+                pyro.factor("x", log_factor(self.w).expand(len(x)))
+
+    def guide(x, *labels):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+
+    return MetaModel(Model(), guide, visible="x", hidden="z")
+
+
+def climbing(pair):
+    """Settings whose loss has gradient -1 per datum: SGD with lr 1 raises w by 1 a step."""
+
+    def loss(model, guide, x):
+        trace = pyro.poutine.trace(model).get_trace(x)
+        return 0.0 * trace.log_prob_sum() - len(x) * pair.model.fn.w
+
+    return {"loss": loss, "optimizer": partial(torch.optim.SGD, lr=1.0), "batch_size": 10}

@@ -55,7 +55,7 @@ def test_file_is_plain_and_alone(path):
     run(path, validation=X, scheduler=partial(LambdaLR, lr_lambda=lambda e: 0.9**e))
     content = torch.load(path, weights_only=True)
     assert type(content) is dict
-    assert content["pair"]["state"]["model.fn.net.0.weight"].shape == (6, 2)
+    assert content["pair"]["model.fn.net.0.weight"].shape == (6, 2)
     assert content["counters"]["epoch"] == 2
     assert [p.name for p in path.parent.iterdir()] == ["run.pt"]
 

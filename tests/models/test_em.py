@@ -8,7 +8,7 @@ from sklearn.mixture import GaussianMixture
 
 from pyroboost.models._em import Mixture, floored_scale, log_joint, mean_log_density
 from pyroboost.models._em_checks import check_data
-from pyroboost.models._em_fit import centre_and_unit, fit, kmeans_start, prior_start
+from pyroboost.models._em_fit import _reseed, centre_and_unit, fit, kmeans_start, prior_start
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 KINDS = ["full", "diag"]
@@ -258,6 +258,24 @@ def test_empty_component_is_placed_anew_and_bounds_the_loss(kind):
     assert found.history[-1] > two.history[-1] + 0.05
     steps = torch.tensor(found.history, dtype=torch.float64).diff()
     assert steps.min() >= math.log1p(-0.01) - 1e-9
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_placing_components_anew_costs_at_most_their_weight(kind):
+    """For every datum, since the others only give up a hundredth of their weight."""
+    data = clusters()
+    good = kmeans_start(data, 3, covariance=kind, generator=seeded())
+    locs = torch.cat([good.locs[:1], good.locs[1:] + 1e6])
+    start = good._replace(weights=torch.tensor([1.0, 0.0, 0.0]).double(), locs=locs)
+    empty = torch.tensor([False, True, True])
+    after = _reseed(data, torch.zeros_like(locs[0]), start, empty, seeded())
+    before, now = (
+        log_joint(data, m.weights.log(), m.locs, m.scale).logsumexp(-1) for m in (start, after)
+    )
+    assert (now - before).min() >= math.log1p(-0.01) - 1e-9
+    assert (now - before).max() > 0
+    assert float(after.weights.sum()) == pytest.approx(1.0)
+    assert (torch.cdist(after.locs[1:], data).min(1).values < 1e-9).all()
 
 
 def test_result_is_never_worse_than_the_start():

@@ -73,6 +73,15 @@ def test_indices_are_drawn_in_proportion_and_repeat_with_the_generator(method):
         assert chi2.sf(float(((counts - wrong) ** 2 / wrong).sum()), 3) < 1e-9
 
 
+@pytest.mark.parametrize("uniform", [0.0, 1.0 - 2.0**-53])
+@pytest.mark.parametrize("method", ["multinomial", "systematic"])
+def test_samples_without_weight_are_never_drawn(monkeypatch, method, uniform):
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, **_: self.fill_(uniform))
+    log_weights = torch.tensor([-math.inf, 0.3, 0.1, -math.inf])
+    indices = resample(log_weights, 7, method=method)
+    assert set(indices.tolist()) <= {1, 2}
+
+
 def test_systematic_counts_are_the_expected_ones_rounded():
     log_weights = torch.randn(30, 5)
     indices = resample(log_weights, 40, method="systematic")
