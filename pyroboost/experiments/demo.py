@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -33,52 +33,57 @@ SINGLE = {"single RBM": "R", "single VAE": "V"}
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes and lengths; the single models have the epochs that take as long as a chain.
+    """Sizes and lengths; every model has the epochs that take about the same time in all.
 
     Args:
         rbm: how each RBM of a chain is trained.
-        vae: how each VAE of a chain is trained.
+        vae: how the VAE above RBMs is trained.
+        bottom_vae: how the VAE at the bottom of a chain is trained.
         single_rbm: how the single RBM is trained.
         single_vae: how the single VAE is trained.
         hidden: hidden units of the bottom RBM; with at most 20 its log Z is exact.
         units: width of the VAEs' layers.
         latent: their latent dimensions.
         components: components of the mixtures.
+        draws: draws of z per training image that a mixture is fitted to.
         test_images: test images on which models are compared.
         samples: importance samples per test image.
     """
 
     rbm: Training
     vae: Training
+    bottom_vae: Training
     single_rbm: Training
     single_vae: Training
     hidden: int = 16
     units: int = 50
     latent: int = 8
     components: int = 10
+    draws: int = 5
     test_images: int = 300
     samples: int = 500
 
 
 _SHORT = Training(epochs=1)
 SIZES = {
-    "smoke": Sizes(
-        _SHORT, _SHORT, _SHORT, _SHORT, hidden=6, units=16, latent=2, components=3, samples=30
-    ),
+    "smoke": Sizes(*5 * [_SHORT], hidden=6, units=16, latent=2, components=3, samples=30),
     "digits": Sizes(
-        rbm=Training(epochs=60, lr=2e-2),
-        vae=Training(epochs=60, lr=3e-3),
-        single_rbm=Training(epochs=180, lr=2e-2),
+        rbm=Training(epochs=30, lr=2e-2),
+        vae=Training(epochs=45, lr=3e-3),
+        bottom_vae=Training(epochs=115, lr=3e-3),
+        single_rbm=Training(epochs=90, lr=2e-2),
         single_vae=Training(epochs=120, lr=3e-3),
     ),
     "mnist": Sizes(
         rbm=Training(epochs=5),
         vae=Training(epochs=8),
+        bottom_vae=Training(epochs=13),
         single_rbm=Training(epochs=20),
         single_vae=Training(epochs=14),
         hidden=200,
         units=500,
         latent=20,
+        draws=1,
         test_images=1_000,
         samples=300,
     ),
@@ -140,7 +145,7 @@ def _boost(
         boosted = parts.train(
             run,
             Cascade(*stages, new),
-            found,
+            replace(found, train=found.train.repeat(sizes.draws, 1)) if kind == "G" else found,
             settings[kind],
             seed=seed,
             folder=name,
@@ -197,7 +202,8 @@ def demo(
     tell(GREETING.format(data=found.words))
     judged = []
     for name, kinds in (CHAINS | SINGLE).items():
-        own = {"R": sizes.rbm, "V": sizes.vae, "G": sizes.vae}
+        vae = sizes.bottom_vae if kinds[0] == "V" else sizes.vae
+        own = {"R": sizes.rbm, "V": vae, "G": vae}
         if name in SINGLE:
             own = {"R": sizes.single_rbm, "V": sizes.single_vae}
         tell(f"training {name} ...")
