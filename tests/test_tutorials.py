@@ -76,7 +76,7 @@ def test_mini_runs_as_a_script():
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "enumerated" in done.stdout
+    assert "log p(x)" in done.stdout
 
 
 @pytest.fixture

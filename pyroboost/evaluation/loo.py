@@ -51,7 +51,8 @@ def psis_loo(
         ...         pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
         >>> def guide(x):
         ...     pyro.sample("mean", dist.Normal(x.mean(), len(x) ** -0.5))
-        >>> psis_loo((model, guide), torch.randn(20), num_samples=100).n_data_points
+        >>> found = psis_loo((model, guide), torch.randn(20), num_samples=100)
+        >>> int(found.n_data_points)
         20
 
     Reference:

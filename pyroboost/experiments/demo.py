@@ -18,6 +18,7 @@ from pyroboost.data import digits, mnist
 from pyroboost.evaluation import Decomposition, decompose, log_likelihood
 from pyroboost.experiments import parts, record
 from pyroboost.experiments.demo_pages import GREETING, closing, comparison, draw, write_arviz
+from pyroboost.experiments.demo_sizes import SIZES, Sizes
 from pyroboost.experiments.parts import Images, Training
 from pyroboost.experiments.runner import Run, Scale
 from pyroboost.infer.greedy import Boosted, StageReport
@@ -25,69 +26,10 @@ from pyroboost.likelihood import Likelihood
 from pyroboost.metamodel import MetaModel
 from pyroboost.models import GMM, RBM, VAE
 
-__all__ = ["Judged", "Sizes", "demo"]
+__all__ = ["Judged", "demo"]
 
 CHAINS = {"RBM-RBM-VAE-GMM": "RRVG", "VAE-GMM": "VG"}
 SINGLE = {"single RBM": "R", "single VAE": "V"}
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Sizes and lengths; every model has the epochs that take about the same time in all.
-
-    Args:
-        rbm: how each RBM of a chain is trained.
-        vae: how the VAE above RBMs is trained.
-        bottom_vae: how the VAE at the bottom of a chain is trained.
-        single_rbm: how the single RBM is trained.
-        single_vae: how the single VAE is trained.
-        hidden: hidden units of the bottom RBM; with at most 20 its log Z is exact.
-        units: width of the VAEs' layers.
-        latent: their latent dimensions.
-        components: components of the mixtures.
-        draws: draws of z per training image that a mixture is fitted to.
-        test_images: test images on which models are compared.
-        samples: importance samples per test image.
-    """
-
-    rbm: Training
-    vae: Training
-    bottom_vae: Training
-    single_rbm: Training
-    single_vae: Training
-    hidden: int = 16
-    units: int = 50
-    latent: int = 8
-    components: int = 10
-    draws: int = 5
-    test_images: int = 300
-    samples: int = 500
-
-
-_SHORT = Training(epochs=1)
-SIZES = {
-    "smoke": Sizes(*5 * [_SHORT], hidden=6, units=16, latent=2, components=3, samples=30),
-    "digits": Sizes(
-        rbm=Training(epochs=30, lr=2e-2),
-        vae=Training(epochs=45, lr=3e-3),
-        bottom_vae=Training(epochs=115, lr=3e-3),
-        single_rbm=Training(epochs=90, lr=2e-2),
-        single_vae=Training(epochs=120, lr=3e-3),
-    ),
-    "mnist": Sizes(
-        rbm=Training(epochs=5),
-        vae=Training(epochs=8),
-        bottom_vae=Training(epochs=13),
-        single_rbm=Training(epochs=20),
-        single_vae=Training(epochs=14),
-        hidden=200,
-        units=500,
-        latent=20,
-        draws=1,
-        test_images=1_000,
-        samples=300,
-    ),
-}
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,8 @@ as how good they are; likelihoods compare the models.
 
 Written to {out} in {seconds:.0f} s:
   samples.png    test images and draws of every model
-  bound.png      the bound after each stage of both chains, ± two standard errors
+  bound.png      the bound after each stage of both chains, ± two standard errors of the bound
+                 (the error of what a stage adds is smaller, since the images are the same)
   khat.png       how far importance sampling of {best} can be trusted, image by image
   inference.nc   draws of {best} for ArviZ: arviz.from_netcdf(...)
   result.json    every setting and number"""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 __all__ = ["bound_charts", "sample_grids"]
@@ -30,18 +31,22 @@ def sample_grids(
     for axes, (title, pictures) in zip(
         np.atleast_1d(figure.subplots(1, len(grids))), grids.items(), strict=True
     ):
-        rows = len(pictures) // columns
-        kept = pictures[: rows * columns].detach().cpu().clamp(0, 1).reshape(-1, *shape)
-        tall, wide = shape[-2:]
-        kept = kept.reshape(rows, columns, *(() if len(shape) == 2 else shape[:1]), tall, wide)
-        if len(shape) == 2:
-            grid = kept.permute(0, 2, 1, 3).reshape(rows * tall, columns * wide)
-        else:
-            grid = kept.permute(0, 3, 1, 4, 2).reshape(rows * tall, columns * wide, shape[0])
-        axes.imshow(grid.numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+        kept = pictures[: len(pictures) // columns * columns].detach().cpu().clamp(0, 1)
+        grid = _grid(kept.reshape(-1, *(1,) * (len(shape) == 2), *shape), columns)
+        axes.imshow(
+            grid.squeeze(-1).numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest"
+        )
         axes.set_title(title, fontsize=8)
         axes.set_axis_off()
     figure.savefig(path, dpi=150)
+
+
+def _grid(images: Tensor, columns: int) -> Tensor:
+    """Lay images (N, C, H, W) out in rows, one light pixel apart, as (height, width, C)."""
+    light = 0.0 if images.shape[1] == 1 else 1.0  # grey levels are drawn as ink
+    framed = torch.nn.functional.pad(images, (0, 1, 0, 1), value=light)
+    rows = framed.reshape(-1, columns, *framed.shape[1:]).permute(0, 3, 1, 4, 2)
+    return rows.flatten(2, 3).flatten(0, 1)[:-1, :-1]
 
 
 def bound_charts(path: Path, charts: Mapping[str, tuple[str, Mapping[str, Curve]]]) -> None:

@@ -1,4 +1,4 @@
-"""An epoch of an RBM against scikit-learn's, and annealed importance sampling against its products."""
+"""An RBM epoch against scikit-learn, and annealed importance sampling against its products."""
 
 import statistics
 import time

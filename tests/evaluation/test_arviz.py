@@ -1,7 +1,6 @@
-"""ArviZ's container, whichever ArviZ is installed: groups, dimensions, densities, netCDF, LOO."""
+"""ArviZ's container, whichever ArviZ is installed: groups, dimensions, densities, netCDF."""
 
 import math
-import warnings
 
 import arviz
 import numpy as np
@@ -14,17 +13,14 @@ from gaussian_pairs import (
     local_guide,
     local_model,
     local_pair,
-    shared_elpd,
     shared_guide,
     shared_model,
-    shared_posterior,
 )
 from pyro.infer.autoguide import AutoNormal
 
 from pyroboost import Cascade, MetaModel
 from pyroboost.evaluation import _arviz, _groups
 from pyroboost.evaluation.inference_data import to_arviz
-from pyroboost.evaluation.loo import psis_loo
 from pyroboost.evaluation.weights import log_weights
 from pyroboost.models import GMM, VAE
 
@@ -170,6 +166,23 @@ class TestPrograms:
         prior = dist.Normal(0.0, 1.0).log_prob(w).sum(-1)
         torch.testing.assert_close(tensor(stats["log_p"])[0], expected.sum(-1) + prior)
 
+    def test_nested_plates_name_their_dimensions(self):
+        def model(x):
+            with pyro.plate("data", 6, dim=-2):
+                z = pyro.sample("z", dist.Normal(torch.zeros(6, 1), 1.0))
+                with pyro.plate("time", 3, dim=-1):
+                    pyro.sample("x", dist.Normal(z, 1.0).expand([6, 3]), obs=x)
+
+        def guide(x):
+            with pyro.plate("data", 6, dim=-2):
+                pyro.sample("z", dist.Normal(x.sum(-1, keepdim=True) / 4, 0.5))
+
+        found = to_arviz((model, guide), torch.randn(6, 3), num_samples=30, resample=True)
+        assert found["posterior"]["z"].dims == ("chain", "draw", "data", "z_dim_1")
+        assert found["posterior_predictive"]["x"].dims == ("chain", "draw", "data", "time")
+        assert found["log_likelihood"]["x"].dims == ("chain", "draw", "data")
+        assert found["observed_data"]["x"].dims == ("data", "time")
+
     def test_latent_sites_without_a_guide_come_from_their_prior(self):
         def model(x):
             pyro.sample("free", dist.Normal(3.0, 0.1))
@@ -244,78 +257,6 @@ class TestNetCDF:
         pair = MetaModel(model, guide, visible="x", hidden="h")
         found = to_arviz(pair, torch.tensor([0.0, 1.0, 2.0]), num_samples=5)
         found.to_netcdf(str(tmp_path / "a.nc"))
-
-
-class TestResampling:
-    def test_each_datum_is_resampled_apart(self):
-        x = torch.linspace(-2, 2, 20, dtype=torch.float64)
-        pair = local_pair(1.2, 0.3)
-        plain = to_arviz(pair, x, num_samples=1000, prior=False)
-        found = to_arviz(pair, x, num_samples=1000, prior=False, resample=True)
-        off = plain["posterior"]["z"].values[0].mean(0) - x.numpy() / 2
-        right = found["posterior"]["z"].values[0]
-        assert np.abs(off).min() > 0.2
-        assert np.abs(right.mean(0) - x.numpy() / 2).max() < 0.09
-        assert np.abs(right.std(0) - math.sqrt(0.5)).max() < 0.06
-        assert found["posterior"].attrs["resampled"] == "PSIS"
-        assert "log_weight" not in found["sample_stats"].data_vars
-
-    def test_all_groups_are_resampled_alike(self):
-        x = torch.randn(6, dtype=torch.float64)
-        found = to_arviz(local_pair(0.8), x, num_samples=60, resample=True)
-        z = tensor(found["posterior"]["z"])[0]
-        likelihood = dist.Normal(z, 1.0).log_prob(x)
-        torch.testing.assert_close(tensor(found["log_likelihood"]["x"])[0], likelihood)
-        log_q = dist.Normal(x / 2, 0.8 * math.sqrt(0.5)).log_prob(z)
-        torch.testing.assert_close(tensor(found["sample_stats"]["log_q"])[0], log_q)
-
-    def test_wide_hidden_values_stay_together(self):
-        pair = Cascade(VAE(6, 3, units=8), GMM(2, 3))
-        x = torch.bernoulli(torch.full((5, 6), 0.5))
-        found = to_arviz(pair, x, num_samples=40, resample=True)
-        z = tensor(found["posterior"]["0.z"])[0]
-        expected = torch.stack([_likelihood(pair[0], h, x) for h in z])
-        torch.testing.assert_close(tensor(found["log_likelihood"]["x"])[0], expected)
-
-    def test_shared_hidden_values_move_together(self):
-        x = torch.randn(10, dtype=torch.float64) + 1
-        found = to_arviz(
-            (shared_model, shared_guide(1.4)), x, num_samples=1500, prior=False, resample=True
-        )
-        loc, scale = shared_posterior(x)
-        mean = found["posterior"]["mean"].values
-        assert abs(mean.mean() - float(loc)) < 0.03
-        assert abs(mean.std() / scale - 1) < 0.06
-
-
-class TestLeaveOneOut:
-    @pytest.mark.parametrize("width", [1.0, 1.5])
-    def test_shared_mean_in_closed_form(self, width):
-        x = torch.randn(20, dtype=torch.float64) + 1
-        found = psis_loo((shared_model, shared_guide(width)), x, num_samples=1000)
-        value, error = _arviz.elpd(found)
-        assert abs(value - float(shared_elpd(x))) < 0.15
-        assert 0 < error < 5
-        assert found.n_data_points == 20
-
-    def test_draws_of_a_wide_guide_as_they_are_would_be_wrong(self):
-        x = torch.randn(20, dtype=torch.float64) + 1
-        draws = to_arviz((shared_model, shared_guide(3.0)), x, num_samples=1000, prior=False)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Estimated shape parameter of Pareto")
-            raw, _ = _arviz.elpd(_arviz.loo(draws, "x"))
-        found, _ = _arviz.elpd(psis_loo((shared_model, shared_guide(3.0)), x, num_samples=1000))
-        exact = float(shared_elpd(x))
-        assert abs(found - exact) < 0.3
-        assert abs(raw - exact) > 3
-
-    def test_resampled_draws_serve_arviz_directly(self):
-        x = torch.randn(20, dtype=torch.float64) + 1
-        found = to_arviz(
-            (shared_model, shared_guide(1.5)), x, num_samples=1000, prior=False, resample=True
-        )
-        value, _ = _arviz.elpd(arviz.loo(found, var_name="x", reff=1.0))
-        assert abs(value - float(shared_elpd(x))) < 0.15
 
 
 class TestAdapter:

@@ -6,6 +6,7 @@ import torch
 from pyroboost import Cascade
 from pyroboost.experiments import parts
 from pyroboost.experiments.cascade_figure2 import verdicts
+from pyroboost.experiments.figures import _grid
 from pyroboost.models import RBM, VAE
 
 
@@ -24,6 +25,18 @@ def test_distinguishable_wants_nine_of_ten_neighbours_of_one_label():
     mixed[30:] = torch.tensor([1, 2] * 15)
     clear = parts.distinguishable(drawn, torch.cat([near, far]), mixed)
     assert clear.tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_grid_lays_images_out_row_by_row(channels):
+    images = torch.rand(6, channels, 3, 4)
+    grid = _grid(images, 3)
+    assert grid.shape == (7, 14, channels)
+    for n, image in enumerate(images):
+        top, left = 4 * (n // 3), 5 * (n % 3)
+        assert torch.equal(grid[top : top + 3, left : left + 4], image.permute(1, 2, 0))
+    between = grid[3]
+    assert torch.equal(between, torch.full_like(between, 0.0 if channels == 1 else 1.0))
 
 
 def test_share_has_the_standard_error_of_a_mean():
