@@ -105,7 +105,7 @@ def test_committed_results_are_complete_records():
         assert one["assumed"]
 
 
-def test_it_runs_as_a_module_without_importing_torch_for_help():
+def test_it_runs_as_a_module():
     code = (
         "import sys, runpy\n"
         "sys.argv = ['pyroboost', '--help']\n"

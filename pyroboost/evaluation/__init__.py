@@ -5,7 +5,7 @@ from pyroboost.evaluation.inference_data import to_arviz
 from pyroboost.evaluation.likelihood import elbo, importance_bound, log_likelihood
 from pyroboost.evaluation.loo import psis_loo
 from pyroboost.evaluation.posterior import PosteriorQuality, posterior_quality
-from pyroboost.evaluation.psis import good_k, pareto_k, psis
+from pyroboost.evaluation.psis import good_k, pareto_k, psis_resample
 from pyroboost.evaluation.weights import Draw, draw, log_weights
 
 __all__ = [
@@ -22,7 +22,7 @@ __all__ = [
     "log_weights",
     "pareto_k",
     "posterior_quality",
-    "psis",
     "psis_loo",
+    "psis_resample",
     "to_arviz",
 ]

@@ -69,7 +69,11 @@ def draw(pair: MetaModel, x: Tensor, *args: Any) -> Draw:
 
 def _weigh(pair: MetaModel, model: poutine.Trace, guide: poutine.Trace) -> Draw:
     inferred, scored = _random_sites(guide), _random_sites(model)
-    missing = [n for n, s in inferred.items() if n not in scored and not s["is_observed"]]
+    missing = [
+        name
+        for name, site in inferred.items()
+        if not (name in scored or site["is_observed"] or site["infer"].get("is_auxiliary"))
+    ]
     if missing:
         raise ValueError(
             f"log weights of {type(pair).__name__}: the guide draws '{missing[0]}', which the "
