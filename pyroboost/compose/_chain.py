@@ -113,7 +113,7 @@ class Chain(nn.Module):
                     check_parents(self[index], self.label(index), fact.template, own)
             if len(self._facts) > 64:  # ragged data: shapes without end
                 self._facts.clear()
-            self._facts[key] = facts, self._plate_names(facts)
+            self._facts[key] = [fact.hollow() for fact in facts], self._plate_names(facts)
         return self._facts[key]
 
     def _dry_runs(self, x: Tensor, args: Sequence[Any]) -> list[StageFacts]:
@@ -195,7 +195,7 @@ class Chain(nn.Module):
         check_leading(
             self[index],
             self.label(index),
-            template=facts[index].template,
+            template=facts[index].blank,
             args=self.args_of(index, args),
             within=self._shared(index, plates[index]),
             **{kind: flat},
@@ -231,7 +231,7 @@ class Chain(nn.Module):
                 if index:
                     inner.enter_context(chained(stage.visible))
                     inner.enter_context(unobserve(stage.visible))
-                template = facts[index].template if index else x
+                template = facts[index].blank if index else x
                 program(template, *self.args_of(index, args))
             value = site.value
         self._same_scale(hidden, facts)

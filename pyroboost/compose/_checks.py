@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from pyro import poutine
@@ -55,6 +55,25 @@ class StageFacts:
     visible_site: dict[str, Any]
     hidden_site: dict[str, Any]
     hidden_plates: frozenset[Plate]
+
+    @property
+    def blank(self) -> Tensor:
+        """Zeros in the shape of the visible value, for programs that draw it."""
+        return self.template.contiguous()
+
+    def hollow(self) -> StageFacts:
+        """Return the facts without values, so that no data are kept alive."""
+        template, hidden, inferred = (
+            t.new_zeros(()).expand(t.shape) for t in (self.template, self.hidden, self.inferred)
+        )
+        return replace(
+            self,
+            template=template,
+            hidden=hidden,
+            inferred=inferred,
+            visible_site={},
+            hidden_site={},
+        )
 
 
 def _node(trace: poutine.Trace, site: str, where: str) -> dict[str, Any]:

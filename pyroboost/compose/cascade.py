@@ -161,7 +161,7 @@ class Cascade(MetaModel):
         """Return log m_k(h_k) per datum, as the top stage says it."""
         own = self.stage_args(args)[-1]
         if template is not None:
-            template = self._chain.facts(template, args)[0][-1].template
+            template = self._chain.facts(template, args)[0][-1].blank
         return self[-1].log_prior(h, *own, template=template)
 
     def objective(self) -> Callable[..., Tensor] | None:

@@ -28,7 +28,8 @@ class Term:
         per_datum: $L_i$ of each datum from single samples, averaged over draws, in nats.  # (N,)
         tight_per_datum: the same with K importance samples or an exact density.  # (N,)
         kind: bound, or estimate where a log Z is estimated.
-        shared_error: standard error in nats of the log Z estimates in the term.
+        shared_error: standard error in nats of the two log Z estimates in the term.
+        own_error: that of the stage's own log Z, the only one left in the sum up to this term.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Term:
     tight_per_datum: Tensor
     kind: Kind
     shared_error: float
+    own_error: float
 
     @property
     def value(self) -> float:
@@ -71,13 +73,11 @@ class Decomposition:
         terms: one per stage, bottom first.
         num_samples: draws of the chain per datum.
         num_importance: importance samples K of the tighter terms.
-        total_error_shared: error of the only log Z that does not cancel in the sum: the top one's.
     """
 
     terms: tuple[Term, ...]
     num_samples: int
     num_importance: int
-    total_error_shared: float
 
     @property
     def elbo(self) -> float:
@@ -92,7 +92,7 @@ class Decomposition:
     @property
     def elbo_error(self) -> float:
         """Standard error of :attr:`elbo`."""
-        return _error(self.per_datum, self.total_error_shared)
+        return _error(self.per_datum, self.terms[-1].own_error)
 
     @property
     def tight(self) -> float:
@@ -103,13 +103,13 @@ class Decomposition:
     def tight_error(self) -> float:
         """Standard error of :attr:`tight`."""
         total = torch.stack([term.tight_per_datum for term in self.terms]).sum(0)
-        return _error(total, self.total_error_shared)
+        return _error(total, self.terms[-1].own_error)
 
     def partial_sums(self) -> list[tuple[float, float]]:
         """Return the bound of the first i stages and its standard error, for i = 1, ..., k."""
         sums = torch.stack([term.per_datum for term in self.terms]).cumsum(0)
         return [
-            (float(s.double().mean()), _error(s, term.shared_error))
+            (float(s.double().mean()), _error(s, term.own_error))
             for s, term in zip(sums, self.terms, strict=True)
         ]
 
@@ -249,6 +249,7 @@ def _assemble(cascade: Cascade, single: Tensor, tight: Tensor, s: int, k: int) -
                 tight_per_datum=tight[i],
                 kind=weakest("bound", *kinds),
                 shared_error=math.hypot(*errors),
+                own_error=constants[i][1],
             )
         )
-    return Decomposition(tuple(terms), s, k, constants[-1][1])
+    return Decomposition(tuple(terms), s, k)

@@ -127,7 +127,7 @@ def _sign(stage: MetaModel, inferred: Tensor, prior: Tensor) -> tuple[float, flo
 def _active(stage: MetaModel, data: Tensor, draws: int) -> float:
     """Return the fraction of units with Var_x E[h | x] above 0.01, noise of the draws removed."""
     drawn = torch.cat([stage.encode(data) for _ in range(draws)])
-    values = _numbers(drawn).unflatten(0, (draws, len(data)))
+    values = _numbers(drawn).reshape(draws, len(data), -1)
     within = values.var(0).mean(0) / draws
     between = values.mean(0).var(0)
     threshold = _ACTIVE + 4 * within * math.sqrt(2 / len(data))

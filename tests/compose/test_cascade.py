@@ -1,7 +1,9 @@
 """What a cascade is: one model of its stages, with their names, arguments and refusals."""
 
 import copy
+import gc
 import math
+import weakref
 
 import pyro
 import pyro.distributions as dist
@@ -10,6 +12,7 @@ import torch
 from enumerated import BitPair
 from pairs import NormalGuide, NormalModel, data_plate, methods, modules, standard
 from pyro import poutine
+from pyro.infer import Trace_ELBO
 from torch import nn
 
 from pyroboost import Cascade, MetaModel
@@ -498,6 +501,21 @@ def test_composing_runs_nothing_and_draws_nothing(x):
     one = traces(cascade, x, seed=9)[1].nodes["0.z"]["value"]
     two = traces(cascade, x, seed=9)[1].nodes["0.z"]["value"]
     assert torch.equal(one, two)  # the dry run of the first pass took no random number
+
+
+def test_no_data_are_kept_alive():
+    cascade, x = Cascade(*three()), torch.randn(5, 4)
+    Trace_ELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=1).loss(
+        cascade.model, cascade.guide, x
+    )
+    cascade.sample(x)
+    held = weakref.ref(x)
+    del x
+    gc.collect()
+    assert held() is None
+    facts = cascade._chain._facts.values()
+    kept = [t for stages, _ in facts for f in stages for t in (f.template, f.hidden, f.inferred)]
+    assert all(t.untyped_storage().nbytes() <= 8 for t in kept)
 
 
 def test_stages_of_pyros_own_make_stack(x):

@@ -107,3 +107,19 @@ def test_table_and_errors():
     assert found.partial_sums()[0] == pytest.approx((found.elbo, found.elbo_error))
     with pytest.raises(ValueError, match="each must be at least one"):
         decompose(Cascade(BitPair(3, 2)), all_bits(3), num_samples=0)
+
+
+def test_errors_of_log_z_cancel_in_sums_but_not_in_terms():
+    """A stage's log Z enters its own term and the next one; of a sum, only the top one's stays."""
+
+    class Unsure(BitPair):
+        def normalisation(self):
+            return "estimate", 3.0
+
+    found = decompose(Cascade(Unsure(3, 2), BitPair(2, 2)), all_bits(3), num_samples=2)
+    assert [term.kind for term in found.terms] == ["estimate", "estimate"]
+    assert all(term.std_error > 3.0 for term in found.terms)
+    first, both = (error for _, error in found.partial_sums())
+    assert first > 3.0
+    assert both < 3.0
+    assert found.elbo_error == both
