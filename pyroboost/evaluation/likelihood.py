@@ -48,6 +48,7 @@ def elbo(
         each datum from two samples on.
 
     Example:
+        >>> import torch
         >>> from pyroboost.models import VAE
         >>> elbo(VAE(6, 2, units=8), torch.zeros(5, 6), num_samples=2).kind
         'bound'
@@ -91,6 +92,7 @@ def importance_bound(
         and, from 25 samples on, Pareto k.
 
     Example:
+        >>> import torch
         >>> from pyroboost.models import VAE
         >>> importance_bound(VAE(6, 2, units=8), torch.zeros(5, 6), num_samples=4).ess.shape
         torch.Size([5])
@@ -151,6 +153,7 @@ def log_likelihood(
         Log-likelihoods in nats that say what they are.
 
     Example:
+        >>> import torch
         >>> from pyroboost.models import GMM, VAE
         >>> log_likelihood(GMM(3, 2), torch.zeros(5, 2)).kind
         'exact'
