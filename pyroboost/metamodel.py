@@ -273,6 +273,8 @@ class MetaModel(nn.Module):
         Returns:
             Module parameters by their names, then free params by theirs.
         """
+        if self.visible_shape is None:
+            self.visible_shape = tuple(batch[0].shape[1:])
         found: dict[str, Tensor] = {n: p for n, p in self.named_parameters() if p.requires_grad}
         known = {id(p) for p in found.values()}
         with forked_rng(), service(self), poutine.trace(param_only=True) as params:

@@ -314,3 +314,24 @@ def test_joined_likelihoods_are_as_weak_as_their_weakest():
     assert len(joined) == 5
     with pytest.raises(ValueError, match="no block to join"):
         Likelihood.cat([])
+
+
+def test_fitting_teaches_the_shape_of_a_datum():
+    """After a fit a number of draws is enough for a pair that did not say its shape."""
+    from pyroboost.infer import fit
+
+    def model(x):
+        loc = pyro.param("loc", torch.zeros(2))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z[:, None] + loc, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.mean(-1), 1.0))
+
+    pair = MetaModel(model, guide, visible="x", hidden="z")
+    with pytest.raises(ValueError, match="pass a template"):
+        pair.sample(4)
+    fit(pair, torch.randn(20, 2), epochs=1)
+    assert pair.sample(4).shape == (4, 2)
