@@ -73,7 +73,7 @@ class Batches:
                 "of at least 1 along their first dimension."
             )
         for place, part in enumerate(tensors):
-            if part.is_floating_point() and not bool(torch.isfinite(part).all()):
+            if part.is_floating_point() and not _all_finite(part):
                 raise ValueError(
                     f"fit: tensor {place} of {self.name} holds NaN or infinity; remove or impute "
                     "those values first."
@@ -194,3 +194,8 @@ class Batches:
             digest.update(repr((tuple(part.shape), str(part.dtype))).encode())
             digest.update(sample.flatten().view(torch.uint8).numpy().tobytes())
         return [*(list(part.shape) for part in self.tensors), digest.hexdigest()[:16]]
+
+
+def _all_finite(values: Tensor) -> bool:
+    """Tell whether all values are finite, by their sum where that settles it in one pass."""
+    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
