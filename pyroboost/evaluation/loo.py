@@ -51,7 +51,7 @@ def psis_loo(
         ...         pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
         >>> def guide(x):
         ...     pyro.sample("mean", dist.Normal(x.mean(), len(x) ** -0.5))
-        >>> found = psis_loo((model, guide), torch.randn(20), num_samples=100)
+        >>> found = psis_loo((model, guide), torch.randn(20), num_samples=500)
         >>> int(found.n_data_points)
         20
 
