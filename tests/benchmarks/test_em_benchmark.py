@@ -84,6 +84,6 @@ def test_em_against_scikit_learn(benchmark, dtype, threads):
     )
     assert model.n_iter_ == len(found.history) - 1 == STEPS
     assert found.history[-1] == pytest.approx(score, rel=1e-9 if dtype == torch.float64 else 1e-5)
-    if threads == 2 and ratio > 1 / 3 and dtype == torch.float32:
+    if threads == 2 and ratio > AT_MOST and dtype == torch.float32:
         pytest.xfail(f"single precision takes {ratio:.2f} of scikit-learn's time, the aim is 0.33")
-    assert threads == 1 or ratio <= 1 / 3
+    assert threads == 1 or ratio <= AT_MOST
