@@ -23,13 +23,20 @@ class _Contrast(torch.autograd.Function):
         weight: Tensor,
         rows: Tensor,
         num_data: int,
+        weights: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         fields = torch.addmm(hidden_bias, rows, weight)
-        energies = -torch.mv(rows[:num_data], visible_bias).sum()
-        energies -= softplus(fields[:num_data], threshold=50.0).sum()
-        share = num_data / (len(rows) - num_data)
-        signs = rows.new_full((len(rows),), share)
-        signs[:num_data] = -1.0
+        signs = rows.new_empty(len(rows))
+        if weights is None:
+            energies = -torch.mv(rows[:num_data], visible_bias).sum()
+            energies -= softplus(fields[:num_data], threshold=50.0).sum()
+            signs[:num_data], total = -1.0, float(num_data)
+        else:
+            free = torch.mv(rows[:num_data], visible_bias)
+            free += softplus(fields[:num_data], threshold=50.0).sum(-1)
+            energies = -torch.dot(weights, free)
+            signs[:num_data], total = -weights, float(weights.sum())
+        signs[num_data:] = total / (len(rows) - num_data)
         hidden = torch.sigmoid(fields).mul_(signs.unsqueeze(-1))
         ctx.save_for_backward(torch.mv(rows.mT, signs), hidden.sum(0), torch.mm(rows.mT, hidden))
         ctx.mark_non_differentiable(fields)
@@ -38,16 +45,21 @@ class _Contrast(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        return *(grad * saved for saved in ctx.saved_tensors), None, None
+        return *(grad * saved for saved in ctx.saved_tensors), None, None, None
 
 
 def contrast(
-    visible_bias: Tensor, hidden_bias: Tensor, weight: Tensor, rows: Tensor, num_data: int
+    visible_bias: Tensor,
+    hidden_bias: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    num_data: int,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Return the free energy of data with the gradient of minus their log likelihood.
 
-    .. math:: \textstyle \sum_n F(v_n), \qquad
-        \partial \Big( \sum_n F(v_n) - \frac{N}{C} \sum_c F(\tilde v_c) \Big)
+    .. math:: \textstyle \sum_n w_n F(v_n), \qquad
+        \partial \Big( \sum_n w_n F(v_n) - \frac{\sum_n w_n}{C} \sum_c F(\tilde v_c) \Big)
 
     The chains enter the gradient, in place of that of log Z, and not the value.
 
@@ -57,6 +69,7 @@ def contrast(
         weight: couplings W.  # (V, H)
         rows: N data, then C visible states of chains.  # (N + C, V)
         num_data: number of data N.
+        weights: a weight for each datum; 1 where left out.  # (N,)
 
     Returns:
         The summed free energy in nats and the fields on the hidden units.  # (), (N + C, H)
@@ -72,5 +85,7 @@ def contrast(
         gradient (2008), section 2.
     """
     parameters = visible_bias, hidden_bias, weight
-    loss, fields = _Contrast.apply(*parameters, rows, num_data)  # type: ignore[no-untyped-call]
+    loss, fields = _Contrast.apply(  # type: ignore[no-untyped-call]
+        *parameters, rows, num_data, weights
+    )
     return loss, fields

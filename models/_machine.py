@@ -248,26 +248,34 @@ class Machine(nn.Module):
         with pyro.plate("data", x.shape[-2], device=x.device):
             pyro.sample(self.names[0], self.law(), obs=x.to(self.weight.dtype))
 
-    def loss(self, model: object, guide: object, x: Tensor, *args: object) -> Tensor:
-        """Return minus log m(x) summed over data: the bound of the exact guide, without noise."""
+    def loss(
+        self, model: object, guide: object, x: Tensor, *args: object, weights: Tensor | None = None
+    ) -> Tensor:
+        """Return minus log m(x) summed over data: the bound of the exact guide, without noise.
+
+        Weights multiply the terms of the data, as in the training loop.
+        """
         self.check(x)
         learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.tensors())
         if self.negative_phase != "pcd" or not learning:
-            return -self.law().log_prob(x).sum()
-        return self._persistent_loss(x.to(self.weight))
+            values = self.law().log_prob(x)
+            return -(values if weights is None else weights * values).sum()
+        return self._persistent_loss(x.to(self.weight), weights)
 
-    def _persistent_loss(self, x: Tensor) -> Tensor:
+    def _persistent_loss(self, x: Tensor, weights: Tensor | None) -> Tensor:
         """Compute the loss with one product each way for data and chains together."""
         assert self.chains is not None
         visible_bias, _, weight = (p.detach() for p in self.tensors())
         logits = torch.addmm(visible_bias, self._earlier_sweeps(), weight.mT)
         rows = torch.cat([x.reshape(-1, x.shape[-1]), draw_bits(logits, out=logits)])
         num_data = len(rows) - len(logits)
-        loss, fields = contrast(*self.tensors(), rows, num_data)
+        if weights is not None:
+            weights = weights.to(rows)
+        loss, fields = contrast(*self.tensors(), rows, num_data, weights)
         if self.training:
             # The product that the chains' free energy needs is also their next half sweep.
             draw_bits(fields[num_data:], out=self.chains)
-        return loss + num_data * self.log_partition
+        return loss + (num_data if weights is None else weights.sum()) * self.log_partition
 
     def _earlier_sweeps(self) -> Tensor:
         """Return the chains after all sweeps of a step but the last."""

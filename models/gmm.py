@@ -189,7 +189,18 @@ class GMM(MetaModel):
 
     def objective(self) -> Callable[..., Tensor]:
         """Return the loss with the component summed out, which is minus the exact likelihood."""
-        return enumerated_loss
+        return self._loss
+
+    def _loss(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        x: Tensor,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        if weights is None:
+            return enumerated_loss(model, guide, x)
+        return -(weights.to(x) * self.components.joint(x).logsumexp(-1)).sum()
 
     @property
     def own_fit(self) -> Callable[..., EMResult]:

@@ -29,6 +29,8 @@ class Round(NamedTuple):
         validation: held-out data of the same form, or ``None``.
         name: what the round is called in tables and checkpoints.
         transform: what makes of a batch of data a batch for this pair, drawn afresh each epoch.
+        weights: a weight for each training datum; ``None``: all alike.  # (N,)
+        validation_weights: the same for held-out data.  # (M,)
     """
 
     pair: MetaModel
@@ -36,6 +38,8 @@ class Round(NamedTuple):
     validation: Any
     name: str
     transform: Callable[..., tuple[Any, ...]] | None = None
+    weights: Tensor | None = None
+    validation_weights: Tensor | None = None
 
 
 class MetaModel(nn.Module):
@@ -73,6 +77,12 @@ class MetaModel(nn.Module):
     Reference:
         Cascaded meta-models, section 2.2: meta-models $m_i(x_i, h_i)$.
     """
+
+    is_program: bool = True
+    """Whether model and guide are Pyro programs; an energy without its log Z has none."""
+
+    num_particles: int = 1
+    """Importance samples K through which the pair sees its own data; see ``bound_draw``."""
 
     _checked: frozenset[str] = frozenset()
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from pyroboost.infer.weighting import weighted_rows
+
 __all__ = ["Batches"]
 
 Batch = tuple[Tensor, ...]
@@ -32,6 +34,8 @@ class Batches:
         shuffle: draw a new order each epoch, for tensors only.
         name: what messages call the data.
         transform: what makes of each batch the batch that is trained on, afresh each epoch.
+        weights: a weight for each row of tensors; rows of weight 0 are left out and the others
+            have a mean of 1. Each batch of an epoch then ends with its weights.  # (N,)
 
     Example:
         >>> batches = Batches(torch.zeros(10, 3), 4, torch.device("cpu"), shuffle=True)
@@ -48,6 +52,7 @@ class Batches:
         shuffle: bool,
         name: str = "data",
         transform: Callable[..., Batch] | None = None,
+        weights: Tensor | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"fit: batch_size is {batch_size}; take 1 or more.")
@@ -61,9 +66,19 @@ class Batches:
         ):
             self.tensors = (data,) if isinstance(data, Tensor) else data
             self._check_tensors(self.tensors)
+            if weights is not None:
+                called = "weights" if name == "data" else f"{name}_weights"
+                self.tensors, weights = weighted_rows(self.tensors, weights, called)
+                self.tensors = (*self.tensors, weights)
             self._cuts = self._cut(len(self.tensors[0]))
         else:
             self._check_iterable(data)
+            if weights is not None:
+                raise TypeError(
+                    f"fit: {self.name} came as {type(data).__name__} with weights, whose rows "
+                    "cannot be told apart; pass the data as tensors."
+                )
+        self.weighted = weights is not None
 
     def _check_tensors(self, tensors: Batch) -> None:
         sizes = [part.shape[0] if part.dim() else None for part in tensors]
@@ -117,7 +132,17 @@ class Batches:
     def epoch(self) -> Iterator[Batch]:
         """Yield the batches of a new epoch on the device."""
         for batch in self._raw_epoch():
-            yield batch if self.transform is None else self.transform(*batch)
+            yield self._transformed(batch)
+
+    def _transformed(self, batch: Batch) -> Batch:
+        rows, weights = self.split(batch)
+        if self.transform is not None:
+            rows = self.transform(*rows)
+        return rows if weights is None else (*rows, weights)
+
+    def split(self, batch: Batch) -> tuple[Batch, Tensor | None]:
+        """Return a batch of an epoch without its weights, and them where there are any."""
+        return (batch[:-1], batch[-1]) if self.weighted else (batch, None)
 
     def _raw_epoch(self) -> Iterator[Batch]:
         if self.tensors is None:
@@ -154,7 +179,7 @@ class Batches:
         """Return a batch for a trial run; a tensor's first rows, else the first of a new pass."""
         if self.tensors is not None:
             batch = tuple(part[: self.batch_size].to(self.device) for part in self.tensors)
-            return batch if self.transform is None else self.transform(*batch)
+            return self.split(self._transformed(batch))[0]
         kept = self.generator_states()
         first = next(self.epoch(), None)
         self.set_generator_states(kept)

@@ -94,6 +94,8 @@ def fit(
     epochs: int,
     validation: Any = None,
     transform: Callable[..., tuple[Any, ...]] | None = None,
+    weights: torch.Tensor | None = None,
+    validation_weights: torch.Tensor | None = None,
     batch_size: int = 100,
     lr: float | None = None,
     optimizer: Callable[..., torch.optim.Optimizer] | None = None,
@@ -148,6 +150,11 @@ def fit(
         transform: a function from a batch to the batch that the pair is trained on, drawn afresh
             each epoch, for training and held-out data alike: a stage of a cascade is trained on
             what the stages below infer from the data.
+        weights: a weight of 0 or more for each datum, for data given as tensors; only their
+            ratios count. Rows of weight 0 are left out, and the loss is the weighted mean. A
+            loss with a keyword ``weights`` is given those of its batch; else every site in the
+            plate of the data is scaled by them.  # (N,)
+        validation_weights: the same for ``validation``.  # (M,)
         batch_size: rows of a batch, for tensors.
         lr: learning rate of Adam, 1e-3 where left out; not together with ``optimizer``.
         optimizer: a function from the list of tensors to a torch optimiser, such as
@@ -207,7 +214,7 @@ def fit(
     where = _device(pair, device)
     if device is not None:
         pair.to(where)
-    train = Batches(data, batch_size, where, shuffle=True, transform=transform)
+    train = Batches(data, batch_size, where, shuffle=True, transform=transform, weights=weights)
     held_out = None
     if validation is not None:
         held_out = Batches(
@@ -217,7 +224,10 @@ def fit(
             shuffle=False,
             name="validation",
             transform=transform,
+            weights=validation_weights,
         )
+    elif validation_weights is not None:
+        raise ValueError("fit: validation_weights came without validation data; pass both.")
     settings = Settings(
         epochs=epochs,
         optimizer=optimizer or partial(_adam, lr=1e-3 if lr is None else lr),

@@ -11,6 +11,7 @@ import torch
 from pyroboost.contexts import evaluating, local_params
 from pyroboost.infer.batches import Batches
 from pyroboost.infer.rng import isolated_rng
+from pyroboost.infer.weighting import weighed
 from pyroboost.metamodel import MetaModel
 
 __all__ = ["held_out_bound"]
@@ -38,11 +39,13 @@ def held_out_bound(
     kept = batches.generator_states()
     with isolated_rng(batches.device, SEED), evaluating(pair), torch.no_grad():
         pair.refresh()
-        for number, batch in enumerate(batches.epoch(), 1):
+        for number, rows in enumerate(batches.epoch(), 1):
+            batch, weights = batches.split(rows)
             noise = torch.get_rng_state()
             try:
                 with local_params():
-                    value = -float(elbo.loss(pair.model, pair.guide, *batch))
+                    loss = elbo.loss if weights is None else weighed(elbo.loss, weights)
+                    value = -float(loss(pair.model, pair.guide, *batch))
             except Exception as error:
                 explain("the held-out bound failed", batch, noise, error, number)
                 raise

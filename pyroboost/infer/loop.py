@@ -22,6 +22,7 @@ from pyroboost.infer.objectives import Annealing, bound_estimator, resolve_loss
 from pyroboost.infer.resume import load, save
 from pyroboost.infer.rng import get_rng_state, isolated_rng, set_rng_state
 from pyroboost.infer.settings import Counters, Settings, training
+from pyroboost.infer.weighting import weighed
 from pyroboost.metamodel import MetaModel
 
 __all__ = ["Loop"]
@@ -77,7 +78,7 @@ class Loop:
 
     # One step
 
-    def _step(self, batch: Batch) -> float:
+    def _step(self, batch: Batch, weights: Tensor | None) -> float:
         counters, settings = self.counters, self.settings
         count = self.train.num_batches
         part = min(1.0, (counters.batch + 1) / count) if count else 1.0
@@ -87,7 +88,8 @@ class Loop:
         norm = 0.0
         try:
             with local_params():
-                loss = self.loss(*self.annealing.programs(beta), *batch) / len(batch[0])
+                own = self.loss if weights is None else weighed(self.loss, weights)
+                loss = own(*self.annealing.programs(beta), *batch) / len(batch[0])
                 loss.backward()  # type: ignore[no-untyped-call]
             if settings.clip_norm is not None:
                 norm = float(nn.utils.clip_grad_norm_(self.parameters, settings.clip_norm))
@@ -177,9 +179,10 @@ class Loop:
     def _epoch(self, bar: Bar, interrupt: HeldInterrupt) -> None:
         c, every = self.counters, self.settings.checkpoint_every
         start = time.perf_counter() - c.epoch_seconds
-        for batch in self._open_epoch():
+        for rows in self._open_epoch():
+            batch, weights = self.train.split(rows)
             self._settled = False
-            value = self._step(batch)
+            value = self._step(batch, weights)
             c.batch += 1
             c.num_data += len(batch[0])
             c.loss_sum += value * len(batch[0])
