@@ -8,6 +8,7 @@ from typing import Any, cast, overload
 from torch import Tensor, nn
 
 from pyroboost.compose._chain import Chain, ChainProgram
+from pyroboost.compose._energy import NotAProgram
 from pyroboost.likelihood import Kind, Likelihood
 from pyroboost.metamodel import MetaModel, Round
 
@@ -48,6 +49,23 @@ def _flatten(
     return flat, positions
 
 
+_NO_PROGRAM = (
+    "Cascade: its top stage is an energy, which has no Pyro program; sample() draws from the "
+    "cascade and decompose() or log_likelihood() measure it, or take the energy's closed_form()."
+)
+
+
+def _check_energies(stages: Sequence[MetaModel]) -> None:
+    """Refuse an energy below another stage."""
+    for index, stage in enumerate(stages[:-1]):
+        if not stage.is_program:
+            raise TypeError(
+                f"Cascade: stage {index} ({type(stage).__name__}) is an energy without a hidden "
+                f"variable for stage {index + 1} to model; put it at the top, or take its "
+                "closed_form()."
+            )
+
+
 class Cascade(MetaModel):
     r"""A chain of meta-models in which each models the hidden variable of the one below.
 
@@ -62,6 +80,10 @@ class Cascade(MetaModel):
 
     Names: the visible site keeps its name; every other site of stage i is ``"i.name"``; plates
     that a stage shares with the bottom stage are one plate, with one subsample and one scale.
+
+    An energy such as a product may stand at the top, where its density of $h_{k-1}$ is all that
+    is asked of it: the cascade then samples and has a decomposed likelihood, and its programs
+    raise. Below another stage an energy is refused, since it has no hidden variable.
 
     Args:
         *stages: meta-models, bottom first.
@@ -102,16 +124,19 @@ class Cascade(MetaModel):
                 f"Cascade: args has {len(args)} entries for {len(stages)} stages; give one each."
             )
         flat, self.args = _flatten(stages, args)
-        chain = Chain(flat, self.args)
-        self.stages = chain.stages
+        _check_energies(flat)
+        self.is_program = flat[-1].is_program
+        programs = len(flat) if self.is_program else len(flat) - 1
+        chain = Chain(flat[:programs] or flat, self.args[: max(programs, 1)])
+        self.stages = chain.stages if self.is_program else nn.ModuleList(flat)
         # The programs hold the stages too; only `stages` is registered, so that names stay short.
         for name, program in {
             "_chain": chain,
-            "model": ChainProgram(chain, "model"),
-            "guide": ChainProgram(chain, "guide"),
+            "model": ChainProgram(chain, "model") if self.is_program else NotAProgram(_NO_PROGRAM),
+            "guide": ChainProgram(chain, "guide") if self.is_program else NotAProgram(_NO_PROGRAM),
         }.items():
             object.__setattr__(self, name, program)
-        self.visible, self.hidden = chain.visible, chain.name(len(flat) - 1, flat[-1].hidden)
+        self.visible, self.hidden = chain.visible, chain.name(len(chain) - 1, chain[-1].hidden)
         self.hidden_shape = flat[-1].hidden_shape
 
     @property
@@ -159,6 +184,7 @@ class Cascade(MetaModel):
 
     def log_prior(self, h: Tensor, *args: Any, template: Tensor | None = None) -> Likelihood:
         """Return log m_k(h_k) per datum, as the top stage says it."""
+        self._check_program("log_prior")
         own = self.stage_args(args)[-1]
         if template is not None:
             template = self._chain.facts(template, args)[0][-1].blank
@@ -179,7 +205,27 @@ class Cascade(MetaModel):
 
     def stage_args(self, args: Sequence[Any]) -> list[tuple[Any, ...]]:
         """Return the further arguments of each stage."""
-        return [self._chain.args_of(i, args) for i in range(len(self))]
+        found = [self._chain.args_of(i, args) for i in range(len(self._chain))]
+        return [*found, *[()] * (len(self) - len(found))]
+
+    def _check_program(self, where: str) -> None:
+        if not self.is_program:
+            raise TypeError(f"{where}: {_NO_PROGRAM}")
+
+    def encode(self, x: Tensor, *args: Any) -> Tensor:
+        r"""Draw $h_k \sim q(h_k \mid x)$ through the stages, as :meth:`climb` does."""
+        self._check_program("encode")
+        return super().encode(x, *args)
+
+    def sample(self, template: Tensor | int, *args: Any) -> Tensor:
+        r"""Draw $x \sim m(x)$ without gradients, in eval mode; see :meth:`MetaModel.sample`."""
+        if self.is_program:
+            return super().sample(template, *args)
+        if len(self) == 1:
+            return self[0].sample(template, *args)
+        count = template if isinstance(template, int) else len(template)
+        blank = None if isinstance(template, int) else template
+        return self[:-1].decode(self[-1].sample(count), *args, template=blank)
 
     def climb(self, x: Tensor, *args: Any, stages: int | None = None) -> list[Tensor]:
         r"""Draw $h_1, \dots, h_k$ from the guide without gradients, in eval mode.
@@ -201,7 +247,8 @@ class Cascade(MetaModel):
     def rounds(self, data: Any, validation: Any = None) -> Iterator[Round]:
         """Yield one round per stage, bottom first: it is trained on h drawn afresh from below."""
         for index, stage in enumerate(self):
-            below = _Below(self, index) if index else None
+            # The bottom stage may take fewer further arguments than the cascade, such as labels.
+            below = _Below(self, index) if index or self.args[0] is not None else None
             yield Round(stage, data, validation, f"{index}.{type(stage).__name__}", below)
 
 
@@ -212,5 +259,5 @@ class _Below:
         self.cascade, self.index = cascade, index
 
     def __call__(self, x: Tensor, *args: Any) -> tuple[Any, ...]:
-        h = self.cascade.climb(x, *args, stages=self.index)[-1]
+        h = self.cascade.climb(x, *args, stages=self.index)[-1] if self.index else x
         return h, *self.cascade.stage_args(args)[self.index]

@@ -84,12 +84,14 @@ class Training:
         batch_size: data of a batch.
         lr: first learning rate of Adam; it decays to 0 along a cosine.
         patience: epochs without a better held-out bound after which to stop.
+        annealing: epochs of a linear warm-up of the latent terms.
     """
 
     epochs: int
     batch_size: int = 100
     lr: float = 1e-3
     patience: int | None = None
+    annealing: float | None = None
 
 
 def images(run: Run) -> Images:
@@ -175,6 +177,7 @@ def train(
         lr=training.lr,
         scheduler=partial(CosineAnnealingLR, T_max=training.epochs),
         patience=training.patience if held_out else None,
+        annealing=training.annealing,
         progress=run.progress,
     )
     for stage in boosted.stages:

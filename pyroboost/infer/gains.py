@@ -38,7 +38,12 @@ class Gain:
 
 
 def stage_gain(
-    cascade: Cascade, index: int, x: Tensor, *args: Any, seed: int | None = None
+    cascade: Cascade,
+    index: int,
+    x: Tensor,
+    *args: Any,
+    weights: Tensor | None = None,
+    seed: int | None = None,
 ) -> Gain:
     r"""Measure the term of one stage: $L_k$, or the bound itself for the bottom stage.
 
@@ -47,6 +52,7 @@ def stage_gain(
         index: the stage, from 0.
         x: data.  # (N, ...)
         *args: further arguments of the cascade.
+        weights: a weight for each datum; the term is then the weighted mean.  # (N,)
         seed: seed of this measurement's own random stream.
 
     Returns:
@@ -62,13 +68,22 @@ def stage_gain(
             block, *own = take_rows((x, *args), rows, len(x))
             values.append(_gain(cascade, index, block, own))
     per_datum = torch.cat(values).double()
-    error = float(per_datum.std()) / math.sqrt(len(per_datum))
+    value, error = _mean(per_datum, weights)
     shared = [stage.normalisation()[1]]
     if index:
         shared.append(cascade[index - 1].normalisation()[1])
     # Two equal densities differ by rounding, which must not pass for a gain.
     rounding = 1e-6 * max(1.0, float(per_datum.abs().max()))
-    return Gain(float(per_datum.mean()), math.hypot(error, rounding, *shared))
+    return Gain(value, math.hypot(error, rounding, *shared))
+
+
+def _mean(values: Tensor, weights: Tensor | None) -> tuple[float, float]:
+    """Return the weighted mean and its standard error."""
+    if weights is None:
+        return float(values.mean()), float(values.std()) / math.sqrt(len(values))
+    share = weights.to(values) / weights.to(values).sum()
+    mean = float(share @ values)
+    return mean, float((share * (values - mean)).square().sum().sqrt())
 
 
 def _gain(cascade: Cascade, index: int, x: Tensor, args: list[Any]) -> Tensor:

@@ -17,6 +17,7 @@ from pyroboost.infer.batches import Batches
 from pyroboost.infer.convergence import Convergence, check_convergence
 from pyroboost.infer.fit import fit
 from pyroboost.infer.gains import Gain, Verdict, stage_gain
+from pyroboost.infer.weighting import redrawn
 from pyroboost.metamodel import Round
 
 __all__ = ["Boosted", "StageReport", "greedy"]
@@ -79,6 +80,8 @@ def greedy(
     data: Any,
     *,
     validation: Any = None,
+    weights: Tensor | None = None,
+    validation_weights: Tensor | None = None,
     start: int = 0,
     stages: Mapping[int, Mapping[str, Any]] | None = None,
     stop: bool = False,
@@ -106,6 +109,9 @@ def greedy(
         cascade: the cascade; its stages are trained in place.
         data: training data, in any form that :func:`fit` takes.
         validation: held-out data, likewise.
+        weights: a weight for each datum, as in :func:`fit`; an own algorithm is given data drawn
+            anew in proportion to them.  # (N,)
+        validation_weights: the same for held-out data.  # (M,)
         start: first stage to be trained; those below keep their values, so that
             ``greedy(cascade + stage, data, start=len(cascade))`` trains the new stage only.
         stages: settings of :func:`fit` (or of the own algorithm) by stage, over the common ones;
@@ -142,9 +148,11 @@ def greedy(
             f"{len(cascade)} stages does not have; count from 0."
         )
     reports: list[StageReport] = []
+    shares = {"weights": weights, "validation_weights": validation_weights}
     for index, item in enumerate(cascade.rounds(data, validation)):
         if index < start:
             continue
+        item = item._replace(**shares)
         own = {**settings, **options.get(index, {})}
         stream = None if seed is None else seed + index
         reports.append(
@@ -172,11 +180,12 @@ def _run(
     seconds = time.perf_counter() - began
     size = settings.get("batch_size", 100)
     train = _gather(item, item.data, size, evaluate_on, seed)
-    gains = [stage_gain(cascade, index, *train, seed=seed)]
+    gains = [stage_gain(cascade, index, *train, weights=_first(item.weights, train), seed=seed)]
     held_out = None
     if item.validation is not None:
         held_out = _gather(item, item.validation, size, evaluate_on, seed)
-        gains.append(stage_gain(cascade, index, *held_out, seed=seed))
+        shares = _first(item.validation_weights, held_out)
+        gains.append(stage_gain(cascade, index, *held_out, weights=shares, seed=seed))
     verdict = gains[-1].verdict() if index else "base"
     found = None
     if convergence and verdict != "not well trained: retrain":
@@ -198,6 +207,10 @@ def _run(
         fit=result,
         seconds=seconds,
     )
+
+
+def _first(weights: Tensor | None, rows: tuple[Tensor, ...]) -> Tensor | None:
+    return None if weights is None else weights[: len(rows[0])]
 
 
 def _train(
@@ -224,6 +237,8 @@ def _train(
             item.data,
             validation=item.validation,
             transform=item.transform,
+            weights=item.weights,
+            validation_weights=item.validation_weights,
             seed=seed,
             **settings,
         )
@@ -232,6 +247,8 @@ def _train(
     if item.validation is not None:
         held_out = _gather(item, item.validation, size, None, seed, encode=True)[0]
     with forked_rng(seed):
+        data = redrawn(data, item.weights)
+        held_out = held_out if held_out is None else redrawn(held_out, item.validation_weights)
         return own(data, validation=held_out, **own_settings(settings))
 
 

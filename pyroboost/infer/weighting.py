@@ -12,8 +12,9 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyroboost.handlers import is_plate
+from pyroboost.sampling import resample
 
-__all__ = ["check_weights", "takes_weights", "weighed", "weighted_rows"]
+__all__ = ["check_weights", "redrawn", "takes_weights", "weighed", "weighted_rows"]
 
 
 def check_weights(weights: Any, num_data: int, name: str) -> Tensor:
@@ -75,6 +76,28 @@ def weighted_rows(
     if not bool(on.all()):
         tensors = tuple(part[on.to(part.device)] for part in tensors)
     return tensors, weights
+
+
+def redrawn(data: Tensor, weights: Any = None) -> Tensor:
+    """Draw as many rows anew in proportion to their weights, for algorithms without weights.
+
+    Each row comes as often as expected, rounded up or down.
+
+    Args:
+        data: rows.  # (N, ...)
+        weights: one per datum; without them the data are returned as they are.  # (N,)
+
+    Example:
+        >>> redrawn(torch.arange(3.0), torch.tensor([0.0, 2.0, 1.0])).sort().values.tolist()
+        [1.0, 1.0, 2.0]
+    """
+    if weights is None:
+        return data
+    weights = check_weights(weights, len(data), "weights").to(data.device)
+    # In the order of the data, weights that alternate can keep step with systematic draws.
+    order = torch.randperm(len(data)).to(data.device)
+    chosen = resample(weights[order].double().log(), len(data), method="systematic")
+    return data[order[chosen]]
 
 
 def takes_weights(loss: Callable[..., Any]) -> bool:

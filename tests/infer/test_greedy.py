@@ -11,7 +11,7 @@ from enumerated import BitPair, all_bits, cascade_terms
 from torch import nn
 
 from pyroboost import Cascade, MetaModel
-from pyroboost.infer import greedy, stage_gain
+from pyroboost.infer import gains, greedy, stage_gain
 from pyroboost.infer.convergence import check_convergence, two_sample_p
 from pyroboost.models import GMM, VAE
 
@@ -271,3 +271,39 @@ def test_refusals():
         greedy(small(), bits(), epochs=1, stages={5: {}})
     with pytest.raises(ValueError, match="pass at least 20"):
         check_convergence(Line(1.0).pair("exact"), torch.zeros(5, 1))
+
+
+# Weighted data
+
+
+def test_weights_reach_every_stage_and_the_measures():
+    torch.manual_seed(0)
+    x, w = (torch.rand(60, 4) < 0.5).float(), torch.rand(60)
+    pair = Cascade(VAE(4, 2, units=6), VAE(2, 2, units=6, likelihood="gaussian"), GMM(2, 2))
+    result = greedy(
+        pair, x, validation=x, weights=w, validation_weights=w, epochs=1, lr=0.0, seed=3
+    )
+    for index, report in enumerate(result.stages):
+        gains = stage_gain(pair, index, x, weights=w, seed=3 + index)
+        assert (report.train, report.held_out) == (gains, gains)
+    plain = stage_gain(pair, 0, x, seed=3)
+    assert abs(plain.value - result.stages[0].train.value) > 1e-4
+
+
+def test_an_own_algorithm_sees_data_in_proportion_to_their_weights():
+    torch.manual_seed(0)
+    x = torch.randn(4000, 1) + torch.tensor([0.0, 6.0]).repeat(2000)[:, None]
+    w = torch.tensor([3.0, 1.0]).repeat(2000)
+    pair = Cascade(GMM(2, 1))
+    greedy(pair, x, weights=w, stages={0: {"start": "kmeans"}}, seed=0)
+    mixture = pair[0].mixture
+    assert abs(float(mixture.weights[mixture.locs[:, 0].argmin()]) - 0.75) < 0.01
+
+
+def test_a_weighted_gain_is_the_weighted_mean_with_its_error():
+    values, w = torch.tensor([1.0, 2.0, 4.0]).double(), torch.tensor([1.0, 1.0, 2.0])
+    mean, error = gains._mean(values, w)
+    assert mean == pytest.approx(2.75)
+    assert error == pytest.approx(
+        ((0.25 * 1.75) ** 2 + (0.25 * 0.75) ** 2 + (0.5 * 1.25) ** 2) ** 0.5
+    )
