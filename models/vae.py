@@ -20,6 +20,8 @@ __all__ = ["VAE"]
 class _Decoder(nn.Module):
     """The model: z from a standard normal, x from the decoder's Bernoulli or normal law."""
 
+    label = "VAE"
+
     def __init__(
         self,
         net: Folded,
@@ -52,14 +54,15 @@ class _Decoder(nn.Module):
     def _check(self, x: Tensor) -> None:
         if tuple(x.shape[x.dim() - len(self.shape) :]) != self.shape or x.dim() <= len(self.shape):
             raise ValueError(
-                f"VAE: data of shape {tuple(x.shape)} came for '{self.names[0]}'; it takes "
-                f"(N, {', '.join(map(str, self.shape))})."
+                f"{self.label}: data of shape {tuple(x.shape)} came for '{self.names[0]}'; it "
+                f"takes (N, {', '.join(map(str, self.shape))})."
             )
         if not self.gaussian and pyro.settings.get("validate_distributions_torch"):
             if not bool(((x == 0) | (x == 1)).all()):
                 raise ValueError(
-                    f"VAE: '{self.names[0]}' holds values other than 0 and 1, which a Bernoulli "
-                    "likelihood cannot score; binarise the data or use likelihood='gaussian'."
+                    f"{self.label}: '{self.names[0]}' holds values other than 0 and 1, which a "
+                    "Bernoulli likelihood cannot score; binarise the data or use "
+                    "likelihood='gaussian'."
                 )
 
 

@@ -11,10 +11,15 @@ from torch import Tensor
 
 from pyroboost.compose import Cascade
 from pyroboost.contexts import service
-from pyroboost.evaluation.weights import Draw, draw, row_blocks, take_rows
+from pyroboost.evaluation.weights import (
+    Draw,
+    bound_draw,
+    resampled_draw,
+    row_blocks,
+    take_rows,
+)
 from pyroboost.likelihood import Kind, weakest
 from pyroboost.metamodel import MetaModel
-from pyroboost.sampling import resample
 
 __all__ = ["Decomposition", "Term", "decompose"]
 
@@ -25,7 +30,8 @@ class Term:
 
     Args:
         name: the stage.
-        per_datum: $L_i$ of each datum from single samples, averaged over draws, in nats.  # (N,)
+        per_datum: $L_i$ of each datum from single samples (for a stage with ``num_particles`` K,
+            from its own bound), averaged over draws, in nats.  # (N,)
         tight_per_datum: the same with K importance samples or an exact density.  # (N,)
         kind: bound, or estimate where a log Z is estimated.
         shared_error: standard error in nats of the two log Z estimates in the term.
@@ -81,7 +87,10 @@ class Decomposition:
 
     @property
     def elbo(self) -> float:
-        """Sum of the single-sample terms: the ELBO of the composed pair, in nats per datum."""
+        """Sum of the terms: the ELBO of the composed pair, in nats per datum.
+
+        Where a stage has ``num_particles`` K > 1 it is another bound on log p(x).
+        """
         return float(self.per_datum.double().mean())
 
     @property
@@ -134,7 +143,7 @@ class Decomposition:
 def _climb_once(cascade: Cascade, x: Tensor, args: tuple[Any, ...]) -> list[Draw]:
     drawn = []
     for stage, own in zip(cascade, cascade.stage_args(args), strict=True):
-        drawn.append(draw(stage, x, *own))
+        drawn.append(bound_draw(stage, x, *own))
         x = drawn[-1].hidden
     return drawn
 
@@ -154,15 +163,10 @@ def _climb_resampled(cascade: Cascade, x: Tensor, args: tuple[Any, ...], k: int)
             bounds.append(known)
             priors.append(torch.zeros_like(known))
             break
-        count = len(x)
-        copied = take_rows((x, *own), slice(None), count, k)
-        drawn = draw(stage, *copied)
-        weights = drawn.log_weight.reshape(k, count)
-        chosen = resample(weights, 1)[0]
-        rows = chosen * count + torch.arange(count, device=chosen.device)
-        bounds.append(weights.logsumexp(0) - math.log(k))
-        priors.append(drawn.log_prior[rows])
-        x = drawn.hidden[rows]
+        drawn = resampled_draw(stage, x, *own, num_samples=max(k, stage.num_particles))
+        bounds.append(drawn.log_weight)
+        priors.append(drawn.log_prior)
+        x = drawn.hidden
     return _terms(bounds, priors)
 
 
@@ -191,6 +195,18 @@ def decompose(
     of the composed pair. The tighter terms use K importance samples per stage, or the exact
     density of the top stage; they climb by the self-normalised law of those samples, without
     which their sum would not be a bound.
+
+    **Stages with a bound of their own.** For a stage with ``num_particles`` K > 1, such as an
+    IWAE, $L_i$ holds its own bound $\log \frac1K \sum_k w_k$, and $q(h_i \mid h_{i-1})$ is the
+    self-normalised law that goes with it: one of K draws from the guide, kept in proportion to
+    $w_k$. At that draw $\log m_i(h_i)$ is taken, and from it the stage above goes on, in training
+    as well. The sum is no longer the composed pair's ELBO; it is at most $\log p(x)$ and, where
+    one such stage stands at the bottom, at most the composed pair's importance-weighted bound
+    with that K (:func:`resampled_draw` says why).
+
+    For a stage with private latents, such as an LVAE, $h_i$ is its hidden site alone, the topmost
+    latent: $\log m_i(h_i)$ is that site's prior, and the private sites stay within the stage's
+    weight, $m_i(h_{i-1}, z, h_i) / q(z, h_i \mid h_{i-1})$.
 
     Args:
         cascade: the cascade.

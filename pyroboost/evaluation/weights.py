@@ -1,54 +1,84 @@
-"""Importance weights per datum, in blocks of bounded memory."""
+"""Importance weights per datum, and the draws under which a pair's own bound is taken."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+import math
+from typing import Any
 
 import torch
-from pyro import poutine
-from torch import Tensor, nn
+from torch import Tensor
 
-from pyroboost.contexts import forked_rng, service
-from pyroboost.handlers import is_plate
-from pyroboost.metamodel import MetaModel, datum_log_prob
+from pyroboost.metamodel import MetaModel
+from pyroboost.sampling import resample
+from pyroboost.weights import Draw, draw, log_weights, row_blocks, take_rows
 
-__all__ = ["Draw", "draw", "log_weights", "row_blocks", "take_rows"]
+__all__ = [
+    "Draw",
+    "bound_draw",
+    "draw",
+    "log_weights",
+    "resampled_draw",
+    "row_blocks",
+    "take_rows",
+]
 
-_PROBE_ROWS = 32
 
+def resampled_draw(pair: MetaModel, x: Tensor, *args: Any, num_samples: int) -> Draw:
+    r"""Draw the hidden variables K times per datum and keep one draw in proportion to its weight.
 
-class Draw(NamedTuple):
-    r"""One draw of the hidden variables per datum and what it scores.
+    $$\log w = \log \frac1K \sum_{k=1}^K w_k, \qquad
+    h = h_k \text{ with probability } \tilde w_k = w_k / \textstyle\sum_j w_j$$
+
+    The law of that h is the self-normalised $Q(h \mid x)$, and at h a stage above may be scored:
+    with $r_k = m_2(h_k) / m_1(h_k)$, the composed pair's weights are $w_k r_k$ and
+    $\log \frac1K \sum_k w_k r_k \ge \log \frac1K \sum_k w_k + \sum_k \tilde w_k \log r_k$, so that
+
+    $$\mathbb{E} \log \frac1K \sum_k w_k + \mathbb{E}_Q [\log m_2(h) - \log m_1(h)] \le
+    \mathcal{L}_K(\text{composed pair}) \le \log p(x).$$
+
+    A lower bound in place of $\log m_2$ keeps the sum below $\log p(x)$.
 
     Args:
-        hidden: $h \sim q(h \mid x)$.  # (N, ...)
-        log_weight: $\log m(x, h) - \log q(h \mid x)$, private sites included.  # (N,)
-        log_prior: $\log m(h)$.  # (N,)
+        pair: a meta-model.
+        x: data.  # (N, ...)
+        *args: further arguments; tensors with N rows are repeated with the data.
+        num_samples: draws per datum K.
+
+    Returns:
+        The draw that was kept, with the log of the mean weight as its log weight, in nats.
+
+    Raises:
+        ValueError: a pair without densities per datum, or whose plates have a fixed size.
+
+    Example:
+        >>> from pyroboost.models import VAE
+        >>> resampled_draw(VAE(6, 2, units=8), torch.zeros(5, 6), num_samples=3).hidden.shape
+        torch.Size([5, 2])
+
+    Reference:
+        Cremer et al., Reinterpreting importance-weighted autoencoders (2017), section 3.
     """
-
-    hidden: Tensor
-    log_weight: Tensor
-    log_prior: Tensor
-
-
-def _random_sites(trace: poutine.Trace) -> dict[str, dict[str, Any]]:
-    return {
-        name: site
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample"
-        and not is_plate(site)
-        and not site["infer"].get("_deterministic")
-    }
+    count = len(x)
+    drawn = draw(pair, *take_rows((x, *args), slice(None), count, num_samples))
+    if len(drawn.log_weight) != num_samples * count:
+        raise ValueError(
+            f"resampled_draw: {type(pair).__name__} gave {len(drawn.log_weight)} weights for "
+            f"{num_samples * count} rows; let its plates follow the number of data."
+        )
+    weights = drawn.log_weight.reshape(num_samples, count)
+    chosen = resample(weights, 1)[0]
+    rows = chosen * count + torch.arange(count, device=chosen.device)
+    bound = weights.logsumexp(0) - math.log(num_samples)
+    return Draw(drawn.hidden[rows], bound, drawn.log_prior[rows])
 
 
-def draw(pair: MetaModel, x: Tensor, *args: Any) -> Draw:
-    r"""Draw the hidden variables once per datum and weigh them.
+def bound_draw(pair: MetaModel, x: Tensor, *args: Any) -> Draw:
+    r"""Draw the hidden variables as the pair's own bound sees them, and return its term.
 
-    $$\log w = \log m(x, h) - \log q(h \mid x)$$
-
-    Latent sites of the model that the guide does not draw come from their prior and drop out of
-    the weight.
+    For a pair that sees its data through one sample this is :func:`draw`. For one with
+    ``num_particles`` K > 1, such as an IWAE, it is :func:`resampled_draw` with that K: log m(h)
+    and q(h | x) of such a stage are taken under the self-normalised law, which its ``encode``
+    draws as well.
 
     Args:
         pair: a meta-model.
@@ -56,143 +86,13 @@ def draw(pair: MetaModel, x: Tensor, *args: Any) -> Draw:
         *args: further arguments of the pair.
 
     Returns:
-        The draw with log weights and log priors in nats, without scales or annealing.
-
-    Raises:
-        ValueError: a site has no density per datum, or the guide draws what the model lacks.
-    """
-    with service(pair):
-        guide = poutine.trace(pair.guide).get_trace(x, *args)
-        model = poutine.trace(poutine.replay(pair.model, trace=guide)).get_trace(x, *args)
-        return _weigh(pair, model, guide)
-
-
-def _weigh(pair: MetaModel, model: poutine.Trace, guide: poutine.Trace) -> Draw:
-    inferred, scored = _random_sites(guide), _random_sites(model)
-    missing = [
-        name
-        for name, site in inferred.items()
-        if not (name in scored or site["is_observed"] or site["infer"].get("is_auxiliary"))
-    ]
-    if missing:
-        raise ValueError(
-            f"log weights of {type(pair).__name__}: the guide draws '{missing[0]}', which the "
-            "model does not have; remove it or add it to the model."
-        )
-    wanted = {n for n, s in scored.items() if s["is_observed"] or n in inferred}
-    model.compute_log_prob(lambda name, _: name in wanted)
-    guide.compute_log_prob(lambda name, _: name in inferred)
-    hidden = scored[pair.hidden]
-    count = len(hidden["value"])
-    log_weight = sum(datum_log_prob(scored[name], count) for name in sorted(wanted))
-    for site in inferred.values():
-        log_weight = log_weight - datum_log_prob(site, count)
-    return Draw(hidden["value"], torch.as_tensor(log_weight), datum_log_prob(hidden, count))
-
-
-def take_rows(values: Sequence[Any], rows: slice, num_data: int, copies: int = 1) -> list[Any]:
-    """Take rows of the tensors that have one row per datum, repeated; leave the rest as it is."""
-    taken = []
-    for value in values:
-        if isinstance(value, Tensor) and value.dim() and len(value) == num_data:
-            part = value[rows]
-            value = part if copies == 1 else part.repeat(copies, *[1] * (part.dim() - 1))
-        taken.append(value)
-    return taken
-
-
-def _bytes_per_row(pair: MetaModel, run: Callable[[int], None]) -> float:
-    """Measure what one row of data takes: all outputs of all layers, and as much again."""
-    total = 0
-
-    def count(_: nn.Module, __: Any, output: Any) -> None:
-        nonlocal total
-        if isinstance(output, Tensor):
-            total += output.numel() * output.element_size()
-
-    hooks = [m.register_forward_hook(count) for m in pair.modules() if not list(m.children())]
-    try:
-        with forked_rng():
-            run(_PROBE_ROWS)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return 2.0 * total / _PROBE_ROWS
-
-
-def row_blocks(
-    pair: MetaModel, x: Tensor, args: Sequence[Any], copies: int, memory: float
-) -> Iterator[tuple[slice, int]]:
-    """Yield blocks of data and, for each, numbers of copies that fit in memory (in MiB)."""
-    num_data = len(x)
-
-    def run(rows: int) -> None:
-        block = slice(0, min(rows, num_data))
-        repeats = max(1, rows // max(1, min(rows, num_data)))
-        inputs = take_rows((x, *args), block, num_data, repeats)
-        draw(pair, *inputs)
-
-    per_row = _bytes_per_row(pair, run) + 4.0 * (x[0].numel() + 8) * 4
-    limit = max(1, int(memory * 2**20 / per_row))
-    size = min(num_data, limit)
-    for start in range(0, num_data, size):
-        rows = slice(start, min(start + size, num_data))
-        width = rows.stop - rows.start
-        left = copies
-        while left:
-            some = min(left, max(1, limit // width))
-            yield rows, some
-            left -= some
-
-
-def log_weights(
-    pair: MetaModel,
-    x: Tensor,
-    *args: Any,
-    num_samples: int = 1,
-    memory: float = 256.0,
-    vectorized: bool = True,
-) -> Tensor:
-    r"""Return importance log weights, one per sample and datum, in eval mode without gradients.
-
-    $$\log w_{sn} = \log m(x_n, h_{sn}) - \log q(h_{sn} \mid x_n), \quad h_{sn} \sim q(h \mid x_n)$$
-
-    Each datum keeps its own weights: averages over samples come before sums over data.
-
-    Args:
-        pair: a meta-model.
-        x: data.  # (N, ...)
-        *args: further arguments; tensors with N rows are split with the data.
-        num_samples: samples per datum S.
-        memory: bound on the working memory, in MiB.
-        vectorized: whether samples are laid out as further rows of data; ``False`` runs the pair
-            once per sample on all data, for pairs whose plates have a fixed size.
-
-    Returns:
-        Log weights in nats.  # (S, N)
-
-    Raises:
-        ValueError: no samples, no data, or a pair without densities per datum.
+        Hidden values, one draw of the pair's own bound, and log m(h), in nats.
 
     Example:
-        >>> from pyroboost.models import VAE
-        >>> log_weights(VAE(6, 2, units=8), torch.zeros(5, 6), num_samples=3).shape
-        torch.Size([3, 5])
+        >>> from pyroboost.models import IWAE
+        >>> bound_draw(IWAE(6, 2, num_samples=3, units=8), torch.zeros(5, 6)).log_weight.shape
+        torch.Size([5])
     """
-    if num_samples < 1 or len(x) < 1:
-        raise ValueError(
-            f"log_weights: {num_samples} samples of {len(x)} data; ask for at least one of each."
-        )
-    if not vectorized:
-        return torch.stack([draw(pair, x, *args).log_weight for _ in range(num_samples)])
-    columns: dict[int, list[Tensor]] = {}
-    for rows, copies in row_blocks(pair, x, args, num_samples, memory):
-        drawn = draw(pair, *take_rows((x, *args), rows, len(x), copies))
-        width = rows.stop - rows.start
-        if len(drawn.log_weight) != copies * width:
-            raise ValueError(
-                f"log_weights: {type(pair).__name__} gave {len(drawn.log_weight)} weights for "
-                f"{copies * width} rows; its plates have a fixed size, so pass vectorized=False."
-            )
-        columns.setdefault(rows.start, []).append(drawn.log_weight.reshape(copies, width))
-    return torch.cat([torch.cat(parts) for _, parts in sorted(columns.items())], dim=1)
+    if pair.num_particles == 1:
+        return draw(pair, x, *args)
+    return resampled_draw(pair, x, *args, num_samples=pair.num_particles)

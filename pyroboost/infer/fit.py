@@ -124,9 +124,10 @@ def fit(
     parameters of other pairs are left as they are.
 
     **Held-out data.** After each epoch the pair is brought up to date (``pair.refresh()``) and
-    its mean ELBO per held-out datum is taken in eval mode, at $\beta = 1$ and with the same draws
-    every time. The best weights are back in place at the end. Best weights and patience count
-    from the epoch in which annealing has reached 1; if it never does, the last weights stay.
+    its mean ELBO per held-out datum (or its own importance-weighted bound, where it is trained by
+    one) is taken in eval mode, at $\beta = 1$ and with the same draws every time. The best weights
+    are back in place at the end. Best weights and patience count from the epoch in which annealing
+    has reached 1; if it never does, the last weights stay.
 
     **Checkpoints.** A run that is killed at any moment and started again by the same call ends
     bit-equal to one that was not killed. A tensor or a ``DataLoader`` (of a map-style dataset

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyroboost.compose import Cascade
 from pyroboost.contexts import forked_rng
-from pyroboost.evaluation.weights import draw, row_blocks, take_rows
+from pyroboost.evaluation.weights import bound_draw, row_blocks, take_rows
 
 __all__ = ["Gain", "Verdict", "stage_gain"]
 
@@ -47,6 +47,9 @@ def stage_gain(
 ) -> Gain:
     r"""Measure the term of one stage: $L_k$, or the bound itself for the bottom stage.
 
+    A stage with ``num_particles`` K > 1, such as an IWAE, enters with its importance-weighted
+    bound and the law of h that belongs to it; see :func:`bound_draw`.
+
     Args:
         cascade: the cascade.
         index: the stage, from 0.
@@ -61,10 +64,10 @@ def stage_gain(
     Reference:
         Cascaded meta-models, Eq. 7.
     """
-    stage = cascade[index]
-    values = []
+    stage, values = cascade[index], []
+    copies = max(part.num_particles for part in cascade[: index + 1])
     with forked_rng(seed):
-        for rows, _ in row_blocks(cascade[: index + 1], x, args, 1, 256.0):
+        for rows, _ in row_blocks(cascade[: index + 1], x, args, 1, 256.0 / copies):
             block, *own = take_rows((x, *args), rows, len(x))
             values.append(_gain(cascade, index, block, own))
     per_datum = torch.cat(values).double()
@@ -91,6 +94,6 @@ def _gain(cascade: Cascade, index: int, x: Tensor, args: list[Any]) -> Tensor:
     log_prior: Tensor | float = 0.0
     if index:
         *_, x = [x, *cascade.climb(x, *args, stages=index - 1)]
-        below = draw(cascade[index - 1], x, *own[index - 1])
+        below = bound_draw(cascade[index - 1], x, *own[index - 1])
         x, log_prior = below.hidden, below.log_prior
-    return draw(cascade[index], x, *own[index]).log_weight - log_prior
+    return bound_draw(cascade[index], x, *own[index]).log_weight - log_prior

@@ -55,7 +55,7 @@ class Loop:
         self.optimizer = settings.optimizer(self.parameters)
         self.scheduler = settings.scheduler(self.optimizer) if settings.scheduler else None
         self.loss = resolve_loss(pair, settings.loss)
-        self.elbo = bound_estimator(settings.loss, settings.num_validation_particles)
+        self.elbo = bound_estimator(pair, settings.loss, settings.num_validation_particles)
         self.annealing = Annealing(pair, settings.annealing)
         self.counters = Counters()
         self.state = FitState(pair, self.optimizer, settings.epochs)

@@ -11,9 +11,10 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyroboost.handlers import is_plate
+from pyroboost.infer.importance_weighted import ImportanceWeightedELBO
 from pyroboost.metamodel import MetaModel
 
-__all__ = ["Annealing", "bound_estimator", "resolve_loss", "scale_latents"]
+__all__ = ["Annealing", "TemperedELBO", "bound_estimator", "resolve_loss", "scale_latents"]
 
 Loss = Callable[..., Tensor]
 
@@ -119,15 +120,100 @@ def resolve_loss(pair: MetaModel, loss: Any) -> Loss:
     return loss
 
 
-def bound_estimator(loss: Any, num_particles: int) -> Any:
-    """Return the ELBO that judges a fit on held-out data.
+def bound_estimator(pair: MetaModel, loss: Any, num_particles: int) -> Any:
+    """Return the bound that judges a fit on held-out data.
 
-    Always the plain bound, so that fits with different training losses compare; a loss that sums
-    enumerated sites out is kept, since without it the model's enumerated sites have no guide.
+    It is the plain bound, so that fits with different training losses compare, unless the loss or
+    the pair has an importance-weighted one of its own: then that, with its K, averaged over
+    draws. A loss that sums enumerated sites out is kept, since without it the model's enumerated
+    sites have no guide.
+
+    Args:
+        pair: the meta-model.
+        loss: the training loss, or ``None`` for the pair's own.
+        num_particles: draws of the bound per datum.
     """
     if num_particles < 1:
         raise ValueError(f"fit: num_validation_particles is {num_particles}; take 1 or more.")
     nesting = getattr(loss, "max_plate_nesting", 1)
     nesting = 1 if nesting is None or math.isinf(nesting) else nesting
-    kind = TraceEnum_ELBO if isinstance(loss, TraceEnum_ELBO) else Trace_ELBO
-    return kind(num_particles=num_particles, max_plate_nesting=nesting)
+    own = getattr(loss, "__self__", loss)
+    if isinstance(own, ImportanceWeightedELBO):
+        return _Averaged(own, num_particles)
+    if isinstance(loss, TraceEnum_ELBO):
+        return TraceEnum_ELBO(num_particles=num_particles, max_plate_nesting=nesting)
+    if pair.num_particles > 1:
+        bound = ImportanceWeightedELBO(pair.num_particles, max_plate_nesting=nesting)
+        return _Averaged(bound, num_particles)
+    return Trace_ELBO(num_particles=num_particles, max_plate_nesting=nesting)
+
+
+class _Averaged:
+    """The mean of several draws of a bound."""
+
+    def __init__(self, elbo: ImportanceWeightedELBO, draws: int) -> None:
+        self.elbo, self.draws = elbo, draws
+
+    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """Return minus the mean, summed over data."""
+        drawn = (self.elbo.loss(model, guide, *args, **kwargs) for _ in range(self.draws))
+        return sum(drawn) / self.draws
+
+
+class TemperedELBO(Trace_ELBO):
+    r"""The bound of any Pyro pair with its latent terms scaled: KL annealing as a loss.
+
+    $$\mathcal{L}_\beta = E_q [\log m(x \mid h) + \beta\, (\log m(h) - \log q(h \mid x))]$$
+
+    For ``SVI`` and other loops of one's own; ``fit(annealing=...)`` does the same, knows how many
+    epochs are done, and resumes.
+
+    Args:
+        beta: a positive number, or a function from the steps done to one.
+        **settings: settings of ``Trace_ELBO``.
+
+    Example:
+        >>> from pyro.infer import SVI
+        >>> from pyro.optim import Adam
+        >>> from pyroboost.models import VAE
+        >>> import torch
+        >>> vae, loss = VAE(6, 2, units=8), TemperedELBO(lambda step: min(1.0, 0.01 * (step + 1)))
+        >>> svi = SVI(vae.model, vae.guide, Adam({"lr": 0.01}), loss)
+        >>> _ = svi.step(torch.zeros(4, 6)), svi.step(torch.zeros(4, 6))
+        >>> loss.steps, loss.value
+        (2, 0.02)
+
+    Reference:
+        Sønderby et al., Ladder variational autoencoders (2016), section 2.3: warm-up.
+    """
+
+    def __init__(self, beta: float | Callable[[int], float], **settings: Any) -> None:
+        super().__init__(**settings)
+        self.beta, self.steps = beta, 0
+        self._check(self.value if not callable(beta) else 1.0)
+
+    @property
+    def value(self) -> float:
+        """The beta of the last step, or of the first one before it."""
+        return float(self.beta(max(0, self.steps - 1)) if callable(self.beta) else self.beta)
+
+    @staticmethod
+    def _check(beta: float) -> float:
+        if not 0.0 < beta < math.inf:
+            raise ValueError(f"TemperedELBO: beta is {beta}; take a finite positive number.")
+        return beta
+
+    def _get_traces(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+        beta = self._check(self.value)
+        tempered = scale_latents(beta)(model), scale_latents(beta, everything=True)(guide)
+        return super()._get_traces(*tempered, args, kwargs)
+
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Return one draw of minus the scaled bound, and count a step."""
+        self.steps += 1
+        return super().differentiable_loss(model, guide, *args, **kwargs)
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """Return the same as a number after adding its gradient, and count a step."""
+        self.steps += 1
+        return super().loss_and_grads(model, guide, *args, **kwargs)

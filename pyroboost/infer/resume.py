@@ -28,7 +28,12 @@ def described(loop: Loop) -> dict[str, Any]:
             name: files.describe(value) for name, value in loop.optimizer.defaults.items()
         },
         "scheduler": type(loop.scheduler).__qualname__ if loop.scheduler else None,
-        "loss": [files.describe(loss), getattr(loss, "num_particles", None)],
+        "loss": [
+            files.describe(loss),
+            getattr(loss, "num_particles", None),
+            getattr(loss or loop.pair.objective(), "gradient", None),
+            loop.pair.num_particles,
+        ],
         "annealing": files.describe(settings.annealing),
         "clip_norm": settings.clip_norm,
         "patience": settings.patience,

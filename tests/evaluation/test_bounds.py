@@ -1,12 +1,19 @@
 """The decomposed bound against enumeration, and its inequalities."""
 
+import itertools
+import math
+from functools import partial
+
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
-from enumerated import BitPair, all_bits, cascade_elbo, cascade_exact, cascade_terms
+from enumerated import BitPair, all_bits, bernoulli, cascade_elbo, cascade_exact, cascade_terms
 
-from pyroboost import Cascade
+from pyroboost import Cascade, MetaModel
 from pyroboost.evaluation import decompose, elbo, importance_bound, log_likelihood
+from pyroboost.evaluation.weights import bound_draw, draw, resampled_draw
+from pyroboost.infer import stage_gain
 
 
 @pytest.fixture
@@ -123,3 +130,125 @@ def test_errors_of_log_z_cancel_in_sums_but_not_in_terms():
     assert first > 3.0
     assert both < 3.0
     assert found.elbo_error == both
+
+
+# Stages that see their data through several particles
+
+
+class Weighted(BitPair):
+    """A pair of bits with a two-sample bound of its own."""
+
+    num_particles = 2
+
+    def encode(self, x, *args):
+        return bound_draw(self, x, *args).hidden
+
+
+def tables(pair):
+    """All values, all h, log w and log q of each value against each h, log m(h)."""
+    values, h = all_bits(pair.sizes[0]), all_bits(pair.sizes[1])
+    log_q = pair.q.log_q(values, h)
+    return pair.m.log_joint(values, h) - log_q, log_q, bernoulli(h, pair.m.prior)
+
+
+def own_bound(pair):
+    """The bound of each value that the pair has of its own, summed out."""
+    log_w, log_q, _ = tables(pair)
+    return averaged(log_q, partial(log_mean, log_w), pair)
+
+
+def log_mean(log_w, rows):
+    """The log of the mean weight of some draws."""
+    return log_w[:, rows].logsumexp(-1) - math.log(len(rows))
+
+
+def averaged(log_q, of, pair):
+    """The mean of a function of K rows of h that are drawn from the guide."""
+    states = itertools.product(range(log_q.shape[1]), repeat=pair.num_particles)
+    return sum(log_q[:, rows].sum(-1).exp() * of(rows) for rows in map(list, states))
+
+
+def weighted_terms(pairs):
+    """L_1 and L_2 of each value of x, by enumeration of all draws and of which is kept."""
+    below, top = pairs
+    log_w, log_q, log_prior = tables(below)
+    gain = own_bound(top) - log_prior
+
+    def kept(rows):
+        return (log_w[:, rows].softmax(-1) * gain[rows]).sum(-1)
+
+    return own_bound(below), averaged(log_q, kept, below)
+
+
+@pytest.mark.parametrize("kinds", [(Weighted, BitPair), (BitPair, Weighted), (Weighted, Weighted)])
+def test_terms_of_stages_with_bounds_of_their_own(kinds):
+    """decompose and stage_gain have the enumerated means, and single draws have others."""
+    pairs = [kind(*sizes, 1.5) for kind, sizes in zip(kinds, ((4, 2), (2, 2)), strict=True)]
+    rows, draws = [3, 9, 12], 3000
+    x, cascade = all_bits(4)[rows].repeat(draws, 1), Cascade(*pairs)
+    exact = [term[rows] for term in weighted_terms(pairs)]
+    found = decompose(cascade, x, num_importance=1)
+    for term, mean in zip(found.terms, exact, strict=True):
+        table = term.per_datum.reshape(draws, 3)
+        assert ((table.mean(0) - mean).abs() < 4.5 * table.std(0) / draws**0.5).all(), term.name
+    plain = torch.stack(cascade_terms(pairs, x[:3]))
+    assert ((torch.stack(exact) - plain).abs().amax(0) > 0.05).all()
+    # What is tighter than a stage's own bound has at least its K.
+    for term, mean in zip(found.terms, exact, strict=True):
+        if all(kind is Weighted for kind in kinds):
+            assert abs(term.tight - mean.mean()) < 4.5 * term.tight_error
+    for index, mean in enumerate(exact):
+        gain = stage_gain(cascade, index, x, seed=1)
+        assert abs(gain.value - mean.mean()) < 4.5 * gain.std_error
+
+
+def test_terms_stay_below_the_composed_bound():
+    """L_1 + L_2 <= the composed pair's two-sample bound <= log p(x), every one enumerated."""
+    for seed in range(10):
+        pyro.set_rng_seed(seed)
+        pairs = [Weighted(3, 2, 1.5), BitPair(2, 2, 1.5)]
+        x = all_bits(3)
+        total = sum(weighted_terms(pairs))
+        (log_w, log_q, log_prior), (log_w2, log_q2, _) = map(tables, pairs)
+        both = (log_w[:, :, None] + log_w2 - log_prior[:, None]).flatten(1)  # (x, h_1 and h_2)
+        law = (log_q[:, :, None] + log_q2).flatten(1)
+        composed = averaged(law, partial(log_mean, both), pairs[0])
+        assert (total <= composed + 1e-5).all()
+        assert (composed <= cascade_exact(pairs, x) + 1e-5).all()
+
+
+def test_bound_draw_keeps_one_draw_by_its_weight():
+    """The value that is kept, its log m(h) and the mean weight belong together."""
+    pair, x, count = Weighted(3, 2, 1.5), all_bits(3)[[5]], 40_000
+    drawn = bound_draw(pair, x.expand(count, 3))
+    torch.testing.assert_close(drawn.log_prior, bernoulli(drawn.hidden, pair.m.prior))
+    log_w, log_q, _ = (table[5] if table.dim() == 2 else table for table in tables(pair))
+    law = torch.zeros(4)
+    for first, second in itertools.product(range(4), repeat=2):
+        mass = (log_q[first] + log_q[second]).exp()
+        share = log_w[[first, second]].softmax(0)
+        law[first] += mass * share[0]
+        law[second] += mass * share[1]
+    found = torch.stack([(drawn.hidden == h).all(-1).float().mean() for h in all_bits(2)])
+    assert ((found - law).abs() < 4.5 * (law * (1 - law) / count).sqrt()).all()
+    assert ((log_q.exp() - law).abs() > 4.5 * (law * (1 - law) / count).sqrt()).any()
+    pyro.set_rng_seed(1)
+    one = draw(pair, x)
+    pyro.set_rng_seed(1)
+    pair.num_particles = 1
+    assert torch.equal(bound_draw(pair, x).log_weight, one.log_weight)
+
+
+def test_resampled_draw_refuses_plates_of_a_fixed_size():
+    def model(x):
+        with pyro.plate("data", 4):
+            z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:4])
+
+    def guide(x):
+        with pyro.plate("data", 4):
+            pyro.sample("z", dist.Normal(torch.zeros(4), 1.0))
+
+    pair = MetaModel(model, guide, visible="x", hidden="z")
+    with pytest.raises(ValueError, match="let its plates follow the number of data"):
+        resampled_draw(pair, torch.zeros(4), num_samples=2)
