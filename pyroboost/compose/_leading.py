@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -19,17 +18,28 @@ from pyroboost.metamodel import MetaModel
 __all__ = ["check_leading"]
 
 
+class _values(Messenger):
+    """Record the value of every site, those that a trace leaves out included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_name: dict[str, Tensor] = {}
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        self.by_name[msg["name"]] = msg["value"]
+
+
 class _part(Messenger):
     """Give the sites of a run on one part the values that they had in the run on all parts."""
 
-    def __init__(self, whole: poutine.Trace, row: int) -> None:
+    def __init__(self, whole: dict[str, Tensor], row: int) -> None:
         super().__init__()
         self.whole, self.row = whole, row
 
     def _pyro_sample(self, msg: Any) -> None:
         if is_plate(msg) or msg["is_observed"]:
             return
-        value, shape = self.whole.nodes[msg["name"]]["value"], msg["fn"].shape()
+        value, shape = self.whole[msg["name"]], msg["fn"].shape()
         if value.shape == (2, *shape):
             value = value[self.row]
         if value.shape != shape:
@@ -58,13 +68,13 @@ def _norms(stage: nn.Module) -> Iterator[dict[nn.Module, set[int]]]:
 
 
 def _apart_and_together(run: Callable[[Tensor], capture], stack: Tensor) -> tuple[Tensor, Tensor]:
-    with poutine.trace() as whole:
+    with _values() as whole:
         together = run(stack)
     assert together.msg is not None
     value = together.value
     apart = []
     for row in range(len(stack)):
-        with _part(whole.trace, row):
+        with _part(whole.by_name, row):
             site = run(stack[row])
         assert site.msg is not None
         apart.append(site.msg["fn"].log_prob(value[row]))
