@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -17,6 +17,8 @@ from pyroboost.models._components import Components
 from pyroboost.models._em import Covariance, Mixture, chunk_rows, mean_log_density
 from pyroboost.models._em_checks import check_data, check_options
 from pyroboost.models._em_fit import fit, kmeans_start, prior_start
+from pyroboost.models._products import log_normal_at, multiply_gaussians, repeats
+from pyroboost.models.bernoulli_mixture import BernoulliMixture
 from pyroboost.program import Program
 
 __all__ = ["GMM", "EMResult"]
@@ -186,6 +188,59 @@ class GMM(MetaModel):
             Log probabilities in nats.  # (N,)
         """
         return Likelihood(self.components.logits.log_softmax(-1)[h.long()].detach(), "exact")
+
+    def multiplied(
+        self, parts: Sequence[MetaModel], powers: Sequence[float]
+    ) -> tuple[GMM, float] | None:
+        """Return the product of mixtures of Gaussians as one, with the log Z of the product.
+
+        Args:
+            parts: the factors, this one first.
+            powers: their powers.
+
+        Returns:
+            ``None`` where the powers, the number of components or another class forbid it.
+        """
+        mixtures = [part.mixture for part in parts if isinstance(part, GMM)]
+        copies = repeats([len(m.weights) for m in mixtures], powers[: len(mixtures)])
+        if len(mixtures) < len(parts) or copies is None:
+            return None
+        product = multiply_gaussians(mixtures, copies)
+        kind: Covariance = "full" if product.mixture.is_full else "diag"
+        shape, like = product.mixture.locs.shape, self.components.locs
+        found = GMM(*shape, covariance=kind, visible=self.visible, hidden=self.hidden).to(like)
+        found.mixture = product.mixture.to(like)
+        with torch.no_grad():  # however small: far out a tiny weight may be all there is
+            found.components.logits.copy_(product.log_weights)
+        return found, product.log_partition
+
+    def on_bits(self) -> BernoulliMixture:
+        r"""Return this diagonal mixture renormalised over the corners of the unit cube.
+
+        $$m'(x) = \frac{m(x)}{\sum_{y \in \{0, 1\}^D} m(y)}, \qquad
+        \ell_{cd} = \frac{2 \mu_{cd} - 1}{2 \sigma_{cd}^2}, \qquad
+        w'_c \propto w_c \prod_d (N(0; \mu_{cd}, \sigma_{cd}^2) + N(1; \mu_{cd},
+        \sigma_{cd}^2))$$
+
+        It is exactly a mixture of independent bits, and so a density that a product with models
+        of bits can have.
+
+        Raises:
+            ValueError: covariances are full, under which the bits of a component are coupled.
+        """
+        if self.covariance != "diag":
+            raise ValueError(
+                "GMM.on_bits: with full covariances the bits of a component are coupled and its "
+                f"sum over 2^{self.components.locs.shape[1]} corners has no closed form; use "
+                'covariance="diag".'
+            )
+        _, locs, scale = self.mixture.to(self.components.locs.double())
+        zero, one = (log_normal_at(value, locs, scale) for value in (0.0, 1.0))
+        masses = self.components.logits.detach().double() + torch.logaddexp(zero, one).sum(-1)
+        found = BernoulliMixture(*locs.shape, visible=self.visible, hidden=self.hidden)
+        found.to(self.components.locs)
+        found.assign(masses.log_softmax(-1), one - zero)
+        return found
 
     def objective(self) -> Callable[..., Tensor]:
         """Return the loss with the component summed out, which is minus the exact likelihood."""

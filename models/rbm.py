@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -134,6 +134,44 @@ class RBM(MetaModel):
             Hinton, Osindero and Teh, A fast learning algorithm for deep belief nets (2006).
         """
         return cls(below.num_hidden, below.num_visible, start=below, **options)
+
+    def multiplied(
+        self, parts: Sequence[MetaModel], powers: Sequence[float]
+    ) -> tuple[RBM, float] | None:
+        r"""Return the product of RBMs over one visible layer as one RBM, with its log Z.
+
+        $$\prod_i e^{-a_i F_i(x)}: \qquad b = \sum_i a_i b_i, \qquad
+        W = (\underbrace{W_1, \dots, W_1}_{a_1}, W_2, \dots)$$
+
+        Biases add, hidden layers stand side by side, each so often as its power says. The new
+        log Z is computed here; that of the product lacks the parts' own.
+
+        Args:
+            parts: the factors, this one first.
+            powers: their powers.
+
+        Returns:
+            ``None`` where a power is not a positive integer, or a part is of another class.
+        """
+        machines = [part for part in parts if isinstance(part, RBM)]
+        whole = all(power == round(power) and power >= 1 for power in powers)
+        if len(machines) < len(parts) or not whole:
+            return None
+        times = [int(power) for power in powers]
+        for machine in machines:
+            machine.refresh()
+        pairs = list(zip(machines, times, strict=True))
+        with torch.no_grad():
+            copies = [machine for machine, count in pairs for _ in range(count)]
+            weight = torch.cat([machine.weight for machine in copies], 1)
+            found = RBM(*weight.shape, visible=self.visible, hidden=self.hidden).to(weight)
+            found.weight.copy_(weight)
+            found.hidden_bias.copy_(torch.cat([machine.hidden_bias for machine in copies]))
+            biases = torch.stack([machine.visible_bias for machine in copies])
+            found.visible_bias.copy_(biases.sum(0))
+        found.refresh()
+        own = sum(count * float(machine.log_partition) for machine, count in pairs)
+        return found, float(found.log_partition) - own
 
     # Parameters and programs
 

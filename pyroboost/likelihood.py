@@ -42,6 +42,8 @@ class Likelihood:
         num_samples: samples per datum (0: none were needed).
         shared_error: standard error of a term that all data share, such as an estimated log Z;
             it does not average out over data.
+        doubt: why the error is not to be trusted, such as a Pareto k of an estimated log Z that
+            is too large; ``None``: no reason is known.
 
     Example:
         >>> exact = Likelihood(torch.tensor([-1.0, -3.0]), "exact")
@@ -56,6 +58,7 @@ class Likelihood:
     pareto_k: Tensor | None = None
     num_samples: int = 0
     shared_error: float = 0.0
+    doubt: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in _STRENGTH:
@@ -75,8 +78,11 @@ class Likelihood:
     def standard_error(self) -> float:
         """Standard error of :attr:`mean`: spread over data and Monte Carlo, plus shared error.
 
-        The spread of the values over data already holds their independent Monte Carlo errors.
+        The spread of the values over data already holds their independent Monte Carlo errors. It
+        is infinite where there is a :attr:`doubt`: no finite error would be honest.
         """
+        if self.doubt is not None:
+            return math.inf
         n = self.value.numel()
         spread = float(self.value.detach().double().std()) / math.sqrt(n) if n > 1 else math.nan
         return math.hypot(spread, self.shared_error)
@@ -102,10 +108,11 @@ class Likelihood:
             pareto_k=join("pareto_k"),
             num_samples=max(part.num_samples for part in parts),
             shared_error=max(part.shared_error for part in parts),
+            doubt=next((part.doubt for part in parts if part.doubt is not None), None),
         )
 
     def describe(self) -> str:
-        """Return one line for people: mean, error, kind."""
+        """Return one line for people: mean, error, kind; a doubt takes the error's place."""
         words = {
             "exact": "exact",
             "bound": "lower bound",
@@ -113,4 +120,6 @@ class Likelihood:
             "unnormalised": "up to log Z",
         }[self.kind]
         samples = f", {self.num_samples} samples" if self.num_samples else ""
+        if self.doubt is not None:
+            return f"{self.mean:.2f} nats, error unknown ({words}{samples}; {self.doubt})"
         return f"{self.mean:.2f} ± {self.standard_error:.2f} nats ({words}{samples})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from pyro import poutine
@@ -16,6 +16,9 @@ from pyroboost.handlers import capture, given, unobserve
 from pyroboost.likelihood import Kind, Likelihood
 from pyroboost.program import Program, first_tensor
 from pyroboost.traces import datum_log_prob, latent_parents
+
+if TYPE_CHECKING:
+    from pyroboost.weights import Draw
 
 __all__ = ["MetaModel", "Round", "datum_log_prob"]
 
@@ -230,6 +233,10 @@ class MetaModel(nn.Module):
             trace = poutine.trace(program).get_trace(template, *args)
         trace.compute_log_prob(lambda name, _: name == self.hidden)
         return Likelihood(datum_log_prob(trace.nodes[self.hidden], len(h)), "exact")
+
+    def own_draw(self, x: Tensor, *args: Any) -> Draw | None:
+        """Return a weighed draw of what has no programs to trace; ``None``: trace them."""
+        return None
 
     def _check_parents(self, template: Tensor, args: Any, around: str | None = None) -> None:
         """Refuse a hidden site whose own density the trace does not tell."""

@@ -51,7 +51,7 @@ def plot_khat(pareto_k: Tensor, *, num_samples: int | None = None, ax: Any = Non
     Reference:
         Vehtari et al., Pareto smoothed importance sampling (2024), section 3.2.4.
     """
-    from pyroboost.evaluation.psis import good_k
+    from pyroboost.sampling.psis import good_k
 
     k = pareto_k.detach().cpu().double().flatten()
     if not len(k) or bool(k.isnan().any()):

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast, overload
 
+import torch
 from torch import Tensor, nn
 
 from pyroboost.compose._chain import Chain, ChainProgram
-from pyroboost.compose._energy import NotAProgram
+from pyroboost.compose._no_program import NotAProgram
 from pyroboost.likelihood import Kind, Likelihood
 from pyroboost.metamodel import MetaModel, Round
+from pyroboost.weights import Draw, draw
 
 __all__ = ["Cascade"]
 
@@ -215,7 +217,12 @@ class Cascade(MetaModel):
     def encode(self, x: Tensor, *args: Any) -> Tensor:
         r"""Draw $h_k \sim q(h_k \mid x)$ through the stages, as :meth:`climb` does."""
         self._check_program("encode")
-        return super().encode(x, *args)
+        return self.climb(x, *args)[-1]
+
+    @property
+    def num_particles(self) -> int:  # type: ignore[override]
+        """Samples through which a cascade of one stage sees its data; stages have their own."""
+        return self[0].num_particles if len(self) == 1 else 1
 
     def sample(self, template: Tensor | int, *args: Any) -> Tensor:
         r"""Draw $x \sim m(x)$ without gradients, in eval mode; see :meth:`MetaModel.sample`."""
@@ -226,6 +233,18 @@ class Cascade(MetaModel):
         count = template if isinstance(template, int) else len(template)
         blank = None if isinstance(template, int) else template
         return self[:-1].decode(self[-1].sample(count), *args, template=blank)
+
+    def own_draw(self, x: Tensor, *args: Any) -> Draw | None:
+        """Return a draw through all stages where the top one is an energy; else ``None``."""
+        if self.is_program:
+            return None
+        total = x.new_zeros(len(x), dtype=torch.get_default_dtype())
+        below: Tensor | float = 0.0
+        for stage, own in zip(self, self.stage_args(args), strict=True):
+            found = draw(stage, x, *own)
+            total = total + found.log_weight - below
+            x, below = found.hidden, found.log_prior
+        return Draw(x, total, torch.zeros_like(total))
 
     def climb(self, x: Tensor, *args: Any, stages: int | None = None) -> list[Tensor]:
         r"""Draw $h_1, \dots, h_k$ from the guide without gradients, in eval mode.

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyroboost.evaluation import _arviz
+from pyroboost import _arviz
 from pyroboost.evaluation import _traces as tr
 from pyroboost.evaluation._groups import Draws, Group, Variable, data_dim, dataset, dims_of
-from pyroboost.evaluation.psis import psis_resample
+from pyroboost.sampling.psis import psis_resample
 
 __all__ = ["to_arviz"]
 

@@ -111,7 +111,7 @@ def _from_weights(table: Tensor, kind: Kind, shared: float) -> Likelihood:
     mean, error, ess = log_mean_exp(table)
     pareto_k = None
     if len(table) >= _PARETO_DRAWS:
-        from pyroboost.evaluation.psis import pareto_k as shape_of
+        from pyroboost.sampling.psis import pareto_k as shape_of
 
         pareto_k = shape_of(table)
     return Likelihood(
@@ -176,6 +176,8 @@ def _known(pair: MetaModel, x: Tensor, args: tuple[Any, ...], memory: float) -> 
         first = pair.log_marginal(x[:1], *take_rows(args, slice(0, 1), len(x)))
         if first is None:
             return None
+        if not pair.is_program:  # nothing that could be run for a measure; it splits data itself
+            return pair.log_marginal(x, *args)
         parts = [
             pair.log_marginal(*take_rows((x, *args), rows, len(x)))
             for rows, _ in row_blocks(pair, x, args, 1, memory)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyroboost.evaluation import _arviz
+from pyroboost import _arviz
 from pyroboost.evaluation import _traces as tr
 from pyroboost.evaluation.inference_data import to_arviz
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from pyroboost.evaluation import _traces as tr
-from pyroboost.evaluation.psis import good_k, psis
 from pyroboost.evaluation.weights import log_weights
 from pyroboost.likelihood import Kind, weakest
 from pyroboost.sampling import effective_sample_size, log_mean_exp
+from pyroboost.sampling.psis import good_k, psis
 
 __all__ = ["Estimate", "PosteriorQuality", "posterior_quality"]
 

@@ -148,11 +148,10 @@ def greedy(
             f"{len(cascade)} stages does not have; count from 0."
         )
     reports: list[StageReport] = []
-    shares = {"weights": weights, "validation_weights": validation_weights}
     for index, item in enumerate(cascade.rounds(data, validation)):
         if index < start:
             continue
-        item = item._replace(**shares)
+        item = item._replace(weights=weights, validation_weights=validation_weights)
         own = {**settings, **options.get(index, {})}
         stream = None if seed is None else seed + index
         reports.append(
@@ -220,7 +219,21 @@ def _train(
     checkpoints: str | Path | None,
     seed: int | None,
 ) -> Any:
-    """Fit one stage, by its own algorithm if it has one and gradients were not asked for."""
+    """Fit one stage, by its own algorithm if it has one and gradients were not asked for.
+
+    A cascade, which other boosting methods have for a part, is trained stage by stage.
+    """
+    if isinstance(item.pair, Cascade) and len(item.pair) > 1:
+        return greedy(
+            item.pair,
+            item.data,
+            validation=item.validation,
+            weights=item.weights,
+            validation_weights=item.validation_weights,
+            checkpoints=None if checkpoints is None else Path(checkpoints) / item.name,
+            seed=seed,
+            **settings,
+        )
     own = item.pair.own_fit
     method = settings.pop("method", None)
     if method not in (None, "gradient", "own") or (method == "own" and own is None):

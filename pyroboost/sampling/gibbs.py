@@ -11,7 +11,6 @@ states stand to the left of them.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,6 +52,8 @@ def check_parameters(
             f"{where}: visible_bias, hidden_bias and weight must share one floating point type "
             f"and device, but are {', '.join(f'{p.dtype} on {p.device}' for p in parameters)}."
         )
+    import numpy as np  # torch's own broadcast_shapes loads a computer algebra system
+
     try:
         shape = np.broadcast_shapes(
             visible_bias.shape[:-1], hidden_bias.shape[:-1], weight.shape[:-2]

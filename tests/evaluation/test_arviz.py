@@ -18,8 +18,8 @@ from gaussian_pairs import (
 )
 from pyro.infer.autoguide import AutoNormal
 
-from pyroboost import Cascade, MetaModel
-from pyroboost.evaluation import _arviz, _groups
+from pyroboost import Cascade, MetaModel, _arviz
+from pyroboost.evaluation import _groups
 from pyroboost.evaluation.inference_data import to_arviz
 from pyroboost.evaluation.weights import log_weights
 from pyroboost.models import GMM, VAE

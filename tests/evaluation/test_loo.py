@@ -11,8 +11,7 @@ import pytest
 import torch
 from gaussian_pairs import local_pair, shared_elpd, shared_guide, shared_model, shared_posterior
 
-from pyroboost import Cascade
-from pyroboost.evaluation import _arviz
+from pyroboost import Cascade, _arviz
 from pyroboost.evaluation.inference_data import to_arviz
 from pyroboost.evaluation.loo import psis_loo
 from pyroboost.models import GMM, VAE

@@ -10,7 +10,7 @@ from gaussian_pairs import local_guide, local_model
 from pyro.infer.importance import psis_diagnostic, vectorized_importance_weights
 from pyro.ops.stats import fit_generalized_pareto
 
-from pyroboost.evaluation.psis import good_k, pareto_k, psis, psis_resample
+from pyroboost.sampling.psis import good_k, pareto_k, psis, psis_resample
 
 
 def narrow_weights(width, draws, data):

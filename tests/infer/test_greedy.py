@@ -1,6 +1,7 @@
 """Greedy boosting: what moves, what is measured, and each verdict where it is deserved."""
 
 import copy
+import importlib
 import itertools
 
 import pyro
@@ -13,7 +14,10 @@ from torch import nn
 from pyroboost import Cascade, MetaModel
 from pyroboost.infer import gains, greedy, stage_gain
 from pyroboost.infer.convergence import check_convergence, two_sample_p
+from pyroboost.metamodel import Round
 from pyroboost.models import GMM, VAE
+
+greedy_module = importlib.import_module("pyroboost.infer.greedy")  # the function hides it
 
 
 def independent(logits):
@@ -307,3 +311,16 @@ def test_a_weighted_gain_is_the_weighted_mean_with_its_error():
     assert error == pytest.approx(
         ((0.25 * 1.75) ** 2 + (0.25 * 0.75) ** 2 + (0.5 * 1.25) ** 2) ** 0.5
     )
+
+
+def test_a_cascade_that_is_a_part_is_trained_stage_by_stage_on_its_weights():
+    torch.manual_seed(0)
+    x, w = (torch.rand(80, 4) < 0.5).float(), torch.rand(80)
+    one, two = (Cascade(VAE(4, 2, units=6, batch_norm=False), GMM(2, 2)) for _ in range(2))
+    two.load_state_dict(one.state_dict())
+    item = Round(two, x, None, "1.Cascade", None, w)
+    found = greedy_module._train(1, item, {"epochs": 2}, None, 5)
+    wanted = greedy(one, x, weights=w, epochs=2, seed=5)
+    assert [s.train for s in found.stages] == [s.train for s in wanted.stages]
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)

@@ -6,16 +6,28 @@ and ``xarray.DataTree`` in 1.x. Both have ``container["posterior"]`` and ``to_ne
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:  # NumPy too waits until it is needed
+    import numpy as np
+    from numpy.typing import NDArray
 
-__all__ = ["container", "elpd", "good_k", "is_one", "load", "loo", "loo_approximate", "smooth"]
+__all__ = [
+    "container",
+    "convergence",
+    "elpd",
+    "good_k",
+    "is_one",
+    "load",
+    "loo",
+    "loo_approximate",
+    "smooth",
+]
 
-Array = NDArray[np.float64]
+Array: TypeAlias = "NDArray[np.float64]"
 
 
 def load() -> Any:
@@ -51,6 +63,8 @@ def smooth(log_weights: Array) -> tuple[Array, Array]:
     Returns:
         Log weights that sum to one, (N, S), and k-hat, (N,).
     """
+    import numpy as np
+
     with np.errstate(all="ignore"):  # a fit that fails is read from k
         if is_one():
             from arviz_stats.base import array_stats
@@ -68,7 +82,32 @@ def good_k(num_samples: int) -> float:
     Reference:
         Vehtari et al., Pareto smoothed importance sampling (2024), Eq. 13.
     """
-    return float(min(1.0 - 1.0 / np.log10(num_samples), 0.7))
+    return min(1.0 - 1.0 / math.log10(num_samples), 0.7)
+
+
+def convergence(draws: Array) -> tuple[Array, Array]:
+    """Return bulk effective sample sizes and split R-hat of chains.
+
+    Args:
+        draws: draws of each coordinate.  # (C, S, D)
+
+    Returns:
+        Both per coordinate, (D,); NaN where a coordinate never moves.
+    """
+    import numpy as np
+
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")  # constant coordinates are read from NaN
+        if is_one():
+            from arviz_stats.base import array_stats
+
+            ess = array_stats.ess(draws, chain_axis=0, draw_axis=1)
+            r_hat = array_stats.rhat(draws, chain_axis=0, draw_axis=1)
+        else:
+            arviz = load()
+            data = arviz.convert_to_dataset({"x": draws})
+            ess, r_hat = arviz.ess(data)["x"].values, arviz.rhat(data)["x"].values
+    return np.asarray(ess, dtype=np.float64), np.asarray(r_hat, dtype=np.float64)
 
 
 def loo(data: Any, var_name: str) -> Any:

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyroboost.evaluation import _arviz
-from pyroboost.sampling import resample
+from pyroboost import _arviz
+from pyroboost.sampling.importance import resample
 
 __all__ = ["Smoothed", "good_k", "pareto_k", "psis", "psis_resample"]
 
