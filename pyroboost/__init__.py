@@ -3,11 +3,11 @@
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as _version
 
-from pyroboost.compose import Cascade
+from pyroboost.compose import Cascade, Mixture, Product
 from pyroboost.likelihood import Likelihood
 from pyroboost.metamodel import MetaModel
 
-__all__ = ["Cascade", "Likelihood", "MetaModel", "__version__"]
+__all__ = ["Cascade", "Likelihood", "MetaModel", "Mixture", "Product", "__version__"]
 
 try:
     __version__ = _version("pyroboost")

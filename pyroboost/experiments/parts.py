@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -152,6 +152,7 @@ def train(
     folder: str,
     start: int = 0,
     held_out: bool = True,
+    stages: Mapping[int, Mapping[str, Any]] | None = None,
 ) -> Boosted:
     """Train the stages of a cascade from ``start`` on, or take them up where they were left.
 
@@ -164,6 +165,7 @@ def train(
         folder: where below the run's checkpoints these stages have theirs.
         start: first stage to be trained.
         held_out: whether held-out data choose the weights.
+        stages: settings of single stages, as :func:`greedy` takes them.
     """
     boosted = greedy(
         cascade.to(run.device),
@@ -178,6 +180,7 @@ def train(
         scheduler=partial(CosineAnnealingLR, T_max=training.epochs),
         patience=training.patience if held_out else None,
         annealing=training.annealing,
+        stages=stages,
         progress=run.progress,
     )
     for stage in boosted.stages:

@@ -29,7 +29,7 @@ def committed(folder: Path | None = None) -> list[dict[str, Any]]:
 
 def _digits(row: Mapping[str, Any]) -> int:
     """Return how many decimals a number is worth: two digits of its error."""
-    if row["unit"] == "seconds":
+    if row["unit"] in ("s", "seconds"):
         return 0
     errors = [e for e in (row["std_error"], row["seed_error"]) if e]
     return 3 if row["unit"] == "share" or (errors and max(errors) < 0.05) else 2
@@ -62,10 +62,11 @@ def _table(one: Mapping[str, Any]) -> list[str]:
     found = {(row["name"], row["metric"]): row for row in one["rows"]}
     names = list(dict.fromkeys(row["name"] for row in one["rows"] if row["metric"] in shown))
     lines = [f"| {' | '.join(['', *shown])} |", f"|{'---|' * (len(shown) + 1)}"]
-    return lines + [
-        f"| {' | '.join([name, *(cell(found.get((name, metric))) for metric in shown)])} |"
-        for name in names
-    ]
+    for name in names:
+        # A bar in a name, as of parallel parts, would end the cell.
+        cells = [name.replace("|", r"\|"), *(cell(found.get((name, m))) for m in shown)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def _machine(one: Mapping[str, Any]) -> str:
