@@ -12,6 +12,7 @@ from pyroboost.data.celeba import celeba
 from pyroboost.data.dataset import Dataset
 from pyroboost.data.files import DataError, data_folder
 from pyroboost.data.images import caltech_silhouettes, digits, frey_faces, omniglot
+from pyroboost.data.labelled import keep_labels, labelled_batches
 from pyroboost.data.mnist import cmnist, mnist
 from pyroboost.data.tea import TEA_LOG_LIKELIHOOD, tea, tea_images
 
@@ -30,6 +31,8 @@ __all__ = [
     "fixed_bits",
     "frey_faces",
     "independent_bernoulli_log_likelihood",
+    "keep_labels",
+    "labelled_batches",
     "mnist",
     "omniglot",
     "tea",
