@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -233,6 +233,17 @@ class MetaModel(nn.Module):
             trace = poutine.trace(program).get_trace(template, *args)
         trace.compute_log_prob(lambda name, _: name == self.hidden)
         return Likelihood(datum_log_prob(trace.nodes[self.hidden], len(h)), "exact")
+
+    def multiplied(
+        self, parts: Sequence[MetaModel], powers: Sequence[float]
+    ) -> tuple[MetaModel, float] | None:
+        """Return a product of densities as one meta-model and its log Z; ``None``: no closed form.
+
+        Args:
+            parts: the parts of the product, this one first.
+            powers: their powers.
+        """
+        return None
 
     def own_draw(self, x: Tensor, *args: Any) -> Draw | None:
         """Return a weighed draw of what has no programs to trace; ``None``: trace them."""

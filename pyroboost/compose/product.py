@@ -357,10 +357,7 @@ class Product(Stored):
         """Ask the first part, which knows its class."""
         if len(self) == 1 and float(self.powers) == 1.0:
             return self[0], 0.0
-        merge = getattr(self[0], "multiplied", None)
-        if merge is None:
-            return None
-        return merge(list(self), self.powers.tolist())
+        return self[0].multiplied(list(self), self.powers.tolist())
 
     # Samples
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyroboost.compose import Mixture
 from pyroboost.compose._additive import Step
-from pyroboost.infer.greedy import _train
+from pyroboost.infer.greedy import train_round
 
 __all__ = ["Added", "Addition", "additive"]
 
@@ -151,7 +151,7 @@ def additive(
         began = time.perf_counter()
         own = {**settings, **options.get(index, {})}
         stream = None if seed is None else seed + index
-        result = _train(index, item, own, checkpoints, stream)
+        result = train_round(index, item, own, checkpoints, stream)
         fits.append((result, time.perf_counter() - began))
     reports = tuple(
         Addition(**vars(step), fit=result, seconds=seconds)

@@ -17,10 +17,10 @@ from pyroboost.infer.batches import Batches
 from pyroboost.infer.convergence import Convergence, check_convergence
 from pyroboost.infer.fit import fit
 from pyroboost.infer.gains import Gain, Verdict, stage_gain
-from pyroboost.infer.weighting import redrawn
+from pyroboost.infer.weighting import redrawn, takes_weights
 from pyroboost.metamodel import Round
 
-__all__ = ["Boosted", "StageReport", "greedy"]
+__all__ = ["Boosted", "StageReport", "greedy", "train_round"]
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def _run(
     convergence: bool,
 ) -> StageReport:
     began = time.perf_counter()
-    result = _train(index, item, settings, checkpoints, seed)
+    result = train_round(index, item, settings, checkpoints, seed)
     with forked_rng(seed):
         item.pair.refresh()
     seconds = time.perf_counter() - began
@@ -212,16 +212,27 @@ def _first(weights: Tensor | None, rows: tuple[Tensor, ...]) -> Tensor | None:
     return None if weights is None else weights[: len(rows[0])]
 
 
-def _train(
+def train_round(
     index: int,
     item: Round,
     settings: dict[str, Any],
     checkpoints: str | Path | None,
     seed: int | None,
 ) -> Any:
-    """Fit one stage, by its own algorithm if it has one and gradients were not asked for.
+    """Solve one round of any boosting method: fit one stage or part.
 
-    A cascade, which other boosting methods have for a part, is trained stage by stage.
+    It is fitted by its own algorithm if it has one and gradients were not asked for; a cascade,
+    which other methods have for a part, is trained stage by stage.
+
+    Args:
+        index: the round, from 0.
+        item: the round.
+        settings: settings of :func:`fit`, of the own algorithm or of :func:`greedy`.
+        checkpoints: folder of the round's checkpoint.
+        seed: seed of the round's own random stream.
+
+    Returns:
+        What the fit returned.
     """
     if isinstance(item.pair, Cascade) and len(item.pair) > 1:
         return greedy(
@@ -238,8 +249,9 @@ def _train(
     method = settings.pop("method", None)
     if method not in (None, "gradient", "own") or (method == "own" and own is None):
         raise ValueError(
-            f"greedy: method {method!r} of stage {index} is unknown to {type(item.pair).__name__}; "
-            "use 'gradient', or 'own' for a stage that has an algorithm of its own."
+            f"boosting: method {method!r} of round {index} is unknown to "
+            f"{type(item.pair).__name__}; use 'gradient', or 'own' for what has an algorithm of "
+            "its own."
         )
     if own is None or method == "gradient":
         if checkpoints is not None:
@@ -260,9 +272,14 @@ def _train(
     if item.validation is not None:
         held_out = _gather(item, item.validation, size, None, seed, encode=True)[0]
     with forked_rng(seed):
-        data = redrawn(data, item.weights)
+        # Held-out data are drawn anew in any case: no own algorithm weighs those.
         held_out = held_out if held_out is None else redrawn(held_out, item.validation_weights)
-        return own(data, validation=held_out, **own_settings(settings))
+        options = own_settings(settings)
+        if takes_weights(own) and item.weights is not None:
+            options["weights"] = item.weights
+        else:
+            data = redrawn(data, item.weights)
+        return own(data, validation=held_out, **options)
 
 
 _FIT_ONLY = {

@@ -18,7 +18,7 @@ from pyroboost.compose.partition import doubt_of, search_table
 from pyroboost.compose.product import Product
 from pyroboost.compose.rounds import check_tensors, contrast, ess_of, reweighted
 from pyroboost.contexts import forked_rng
-from pyroboost.infer.greedy import _train
+from pyroboost.infer.greedy import train_round
 from pyroboost.likelihood import Likelihood
 from pyroboost.metamodel import MetaModel, Round
 from pyroboost.sampling import log_mean_exp
@@ -307,7 +307,7 @@ class _Rounds:
         part = self.product[index]
         with forked_rng(seed):
             item, beta = self.problem(index)
-        result = _train(index, item, settings, checkpoints, seed)
+        result = train_round(index, item, settings, checkpoints, seed)
         with forked_rng(seed):
             part.refresh()
             found = self.density(part, self.judges, self.product.num_samples)

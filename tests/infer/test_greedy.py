@@ -264,7 +264,7 @@ def test_own_algorithm_or_gradients():
     options = {2: {"method": "gradient", "epochs": 1}}
     result = greedy(cascade, bits(), epochs=1, start=2, seed=0, stages=options)
     assert type(result.stages[0].fit).__name__ == "Fit"
-    with pytest.raises(ValueError, match="method 'own' of stage 0 is unknown to VAE"):
+    with pytest.raises(ValueError, match="method 'own' of round 0 is unknown to VAE"):
         greedy(cascade, bits(), epochs=1, stages={0: {"method": "own"}})
 
 
@@ -319,7 +319,7 @@ def test_a_cascade_that_is_a_part_is_trained_stage_by_stage_on_its_weights():
     one, two = (Cascade(VAE(4, 2, units=6, batch_norm=False), GMM(2, 2)) for _ in range(2))
     two.load_state_dict(one.state_dict())
     item = Round(two, x, None, "1.Cascade", None, w)
-    found = greedy_module._train(1, item, {"epochs": 2}, None, 5)
+    found = greedy_module.train_round(1, item, {"epochs": 2}, None, 5)
     wanted = greedy(one, x, weights=w, epochs=2, seed=5)
     assert [s.train for s in found.stages] == [s.train for s in wanted.stages]
     for a, b in zip(one.parameters(), two.parameters(), strict=True):

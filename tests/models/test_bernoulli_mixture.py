@@ -147,7 +147,7 @@ def test_bits_that_never_change_keep_finite_odds():
     mixture = BernoulliMixture(2, 3)
     mixture.fit_em(torch.ones(20, 3))
     assert mixture.logits.isfinite().all()
-    assert float(mixture.log_marginal(torch.zeros(1, 3)).value) > -20
+    assert -20 < mixture.log_marginal(torch.zeros(1, 3)).mean < -5
 
 
 def test_a_gaussian_mixture_on_bits_is_renormalised_over_the_corners():
