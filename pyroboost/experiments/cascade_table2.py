@@ -82,9 +82,7 @@ SIZES: dict[str, Sizes] = {
         importance_samples=5,
     ),
     "cpu": Sizes(
-        _lengths(6, 10, 10, 8, warm_up=5),
-        ladder=500,
-        channels=(16, 32, 64, 128),
+        _lengths(8, 12, 15, 15, warm_up=6),
         importance_samples=20,
     ),
     "paper": Sizes(

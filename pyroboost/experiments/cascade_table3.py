@@ -382,6 +382,7 @@ def table3(run: Run) -> Findings:
             "biased low, in log Z and in the density alike",
             f"sampling: {sizes.samples:,} images, of products by {sizes.chains} independence "
             "Metropolis chains whose effective draws stand beside the time",
+            "the figure shows probabilities of pixels for cascades and draws of bits for products",
             "density estimation: the bound of the test images by one draw each for cascades, log Z "
             "and all test densities for products; seconds of a machine shared with other jobs",
         ],

@@ -29,8 +29,8 @@ def committed(folder: Path | None = None) -> list[dict[str, Any]]:
 
 def _digits(row: Mapping[str, Any]) -> int:
     """Return how many decimals a number is worth: two digits of its error."""
-    if row["unit"] in ("s", "seconds"):
-        return 0
+    if row["unit"] in ("s", "seconds", "draws"):
+        return 0 if row["value"] >= 10 else 2
     errors = [e for e in (row["std_error"], row["seed_error"]) if e]
     return 3 if row["unit"] == "share" or (errors and max(errors) < 0.05) else 2
 
@@ -75,6 +75,13 @@ def _machine(one: Mapping[str, Any]) -> str:
     return f"{one['seconds'] / 60:.1f} min on {where}"
 
 
+def _reading(one: Mapping[str, Any]) -> str:
+    """Say in what unit likelihoods stand, where there are any."""
+    if not any(row["unit"] == "nats" for row in one["rows"]):
+        return "± are standard errors"
+    return "nats per image; ≈ marks estimates"
+
+
 def markdown(records: Iterable[Mapping[str, Any]]) -> str:
     """Return records as Markdown: a table each, the claims, what was assumed.
 
@@ -88,7 +95,7 @@ def markdown(records: Iterable[Mapping[str, Any]]) -> str:
             f"#### {one['reference']}: {one['title']}",
             "",
             f"`pyroboost reproduce {one['name']} --scale {one['scale']}`; {one['data']}; {seeds}; "
-            f"{_machine(one)}; nats per image; ≈ marks estimates.",
+            f"{_machine(one)}; {_reading(one)}.",
             "",
             *_table(one),
             "",
