@@ -31,7 +31,7 @@ class M2(MetaModel):
     value, the model scores $\log p(y)$ and the guide nothing, so that the bound is one on
     $\log m(x, y)$; elsewhere the guide draws y and it is one on $\log m(x)$. In a cascade give the
     labels to this stage: ``Cascade(VAE(784, 50), M2(50, 10, 50, likelihood="gaussian"),
-    args=[(), (0,)])`` takes ``(x, y)``.
+    args=[(), (0,)])`` takes ``(x, y)``, with ``None`` for y where no label is known.
 
     **Training** maximises, in nats per datum,
 

@@ -16,7 +16,10 @@ from pyroboost.evaluation import decompose
 
 FOLDER = Path(__file__).parents[1] / "tutorials"
 SCRIPTS = ["minipyroboost.py"]
-NOTEBOOKS = {"01_boosting_a_vae.ipynb": "judged each by 1000 draws"}  # what only a full run prints
+NOTEBOOKS = {  # what only a full run prints
+    "01_boosting_a_vae.ipynb": "judged each by 1000 draws",
+    "02_choosing_and_combining.ipynb": "judged on 300 test images",
+}
 MINI = FOLDER / "minipyroboost.py"
 SMOKE = 'smoke_test = "PYROBOOST_SMOKE" in os.environ or "CI" in os.environ'
 MACHINE = re.compile(r"(?<![\w.])/(?:home|root|tmp|work|usr|Users|private|var|opt|mnt)/|[A-Z]:\\")

@@ -1,5 +1,6 @@
 """Distributions that Pyro lacks."""
 
+from pyroboost.distributions.boosted_flow import BoostedFlow, Strata
 from pyroboost.distributions.rbm import RBM
 
-__all__ = ["RBM"]
+__all__ = ["RBM", "BoostedFlow", "Strata"]

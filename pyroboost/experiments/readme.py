@@ -52,7 +52,7 @@ def cell(row: Mapping[str, Any] | None) -> str:
         text += f" ± {row['std_error']:.{places}f}"
     if row["seed_error"] is not None:
         text += f", seeds ± {row['seed_error']:.{places}f}"
-    if row["unit"] == "seconds":
+    if row["unit"] in ("s", "seconds"):
         text += " s"
     return text if row["paper"] is None else f"{text} (paper: {row['paper']:g})"
 

@@ -53,8 +53,11 @@ def test_an_epoch_holds_each_row_without_a_label_once_and_labels_in_each_batch()
         assert torch.equal(free.sort().values, torch.arange(6, 40))
         used = torch.bincount(rows[labels >= 0], minlength=6)
         assert int(used.max() - used.min()) <= 1
-    first, second = (torch.cat([x[:, 0] for x, _ in batches]) for _ in range(2))
-    assert not torch.equal(first, second)
+    for kind in (False, True):
+        first, second = (
+            torch.cat([x[(labels >= 0) == kind, 0] for x, labels in batches]) for _ in range(2)
+        )
+        assert not torch.equal(first, second)
 
 
 def test_the_order_comes_from_torchs_generator():

@@ -169,6 +169,14 @@ def test_a_calibrated_forecast_has_a_small_error_and_a_boastful_one_a_large():
     assert expected_calibration_error(sharp, y) > 0.5
 
 
+def test_bins_side_by_side_do_not_cancel():
+    """Too sure by .95 in one bin and too modest by .15 in the next one, for any place of both."""
+    for high, low in ((0.95, 0.85), (0.75, 0.65)):
+        p = torch.tensor([[high, 1 - high], [low, 1 - low]])
+        found = expected_calibration_error(p, torch.tensor([1, 0]), 10)
+        assert found == pytest.approx((high + 1 - low) / 2, abs=1e-6)
+
+
 def test_a_certain_forecast_falls_into_the_last_bin():
     p = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     assert expected_calibration_error(p, torch.tensor([0, 0, 1])) == 0.0
