@@ -124,10 +124,24 @@ class Advice:
             )
         return {
             "retrain": "train the top stage again, for longer or with other settings",
-            "add a stage": "a further stage can raise the bound; a stage of the top one's kind is "
-            "the usual choice",
+            "add a stage": f"a further stage can raise the bound: {self._kind_of_stage()}",
             "stop": "stop, no further stage is worth its cost",
         }[self.next_step]
+
+    def _kind_of_stage(self) -> str:
+        top = self.cascade[-1]
+        shape = top.hidden_shape
+        if shape == ():
+            return (
+                f"one over the index '{top.hidden}', or a more powerful stage in place of the top "
+                "one, which is the usual choice"
+            )
+        if self.trials:
+            return "a VAE with a normal likelihood over the top hidden variable"
+        return (
+            "over bits an RBM that starts as the exchange of the one below, or a VAE with a "
+            "Bernoulli likelihood"
+        )
 
     __str__ = describe
 

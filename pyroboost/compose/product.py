@@ -409,7 +409,7 @@ class Product(Stored):
             return found.x[resample(found.log_weights, count, method="multinomial")]
         if method == "closed form":
             raise ValueError("Product.sample: these parts and powers have no closed form.")
-        num_chains = options.pop("num_chains", max(1, min(100, count // 20)))
+        num_chains = options.pop("num_chains", min(100, count))
         draws = -(-count // num_chains)
         made = self.chains(
             method=cast(ChainMethod, method), num_chains=num_chains, num_draws=draws, **options

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pyroboost.compose import Product
 from pyroboost.contexts import service
 from pyroboost.evaluation.weights import log_weights, row_blocks, take_rows
 from pyroboost.likelihood import Kind, Likelihood, weakest
@@ -16,6 +17,7 @@ from pyroboost.sampling import log_mean_exp
 __all__ = ["elbo", "importance_bound", "log_likelihood"]
 
 _PARETO_DRAWS = 25
+_SAMPLES = 200
 
 
 def _kind(pair: MetaModel, kind: Kind) -> tuple[Kind, float]:
@@ -129,7 +131,7 @@ def log_likelihood(
     pair: MetaModel,
     x: Tensor,
     *args: Any,
-    num_samples: int = 200,
+    num_samples: int | None = None,
     memory: float = 256.0,
     vectorized: bool = True,
 ) -> Likelihood:
@@ -145,7 +147,8 @@ def log_likelihood(
         pair: a meta-model.
         x: data.  # (N, ...)
         *args: further arguments of the pair.
-        num_samples: importance samples S, where they are needed.
+        num_samples: importance samples S, where they are needed; 200 when left out, for a
+            product the number that it was made with.
         memory: bound on the working memory, in MiB.
         vectorized: as in :func:`log_weights`.
 
@@ -160,24 +163,31 @@ def log_likelihood(
         >>> log_likelihood(VAE(6, 2, units=8), torch.zeros(5, 6), num_samples=3).kind
         'estimate'
     """
-    known = _known(pair, x, args, memory)
+    known = _known(pair, x, args, num_samples, memory)
     if known is not None:
         return known
     table = log_weights(
-        pair, x, *args, num_samples=num_samples, memory=memory, vectorized=vectorized
+        pair,
+        x,
+        *args,
+        num_samples=_SAMPLES if num_samples is None else num_samples,
+        memory=memory,
+        vectorized=vectorized,
     )
     kind, shared = _kind(pair, "estimate")
     return _from_weights(table, kind, shared)
 
 
-def _known(pair: MetaModel, x: Tensor, args: tuple[Any, ...], memory: float) -> Likelihood | None:
+def _known(
+    pair: MetaModel, x: Tensor, args: tuple[Any, ...], num_samples: int | None, memory: float
+) -> Likelihood | None:
     """Ask the pair itself, in blocks of data."""
+    if isinstance(pair, Product):  # it splits data itself, and nothing could be run for a measure
+        return pair.log_marginal(x, *args, num_samples=num_samples, memory=memory)
     with service(pair):
         first = pair.log_marginal(x[:1], *take_rows(args, slice(0, 1), len(x)))
         if first is None:
             return None
-        if not pair.is_program:  # nothing that could be run for a measure; it splits data itself
-            return pair.log_marginal(x, *args)
         parts = [
             pair.log_marginal(*take_rows((x, *args), rows, len(x)))
             for rows, _ in row_blocks(pair, x, args, 1, memory)

@@ -8,6 +8,7 @@ from scipy.stats import chi2, kstest
 from torch import nn
 
 from pyroboost.compose import Product, Ratio
+from pyroboost.evaluation import log_likelihood
 from pyroboost.models import GMM, VAE, BernoulliMixture
 
 
@@ -202,3 +203,18 @@ def test_seeds_repeat_draws():
         (torch.manual_seed(1), product.sample(50, method="metropolis"))[1] for _ in range(2)
     )
     assert torch.equal(first, second)
+
+
+def test_few_samples_come_from_as_many_chains():
+    torch.manual_seed(0)
+    product = Product(VAE(64, 4, units=8), VAE(64, 4, units=8), num_samples=5)
+    assert len(product.sample(25).unique(dim=0)) > 20
+
+
+def test_likelihoods_of_a_product_take_the_samples_asked_for():
+    torch.manual_seed(0)
+    product = Product(VAE(6, 2, units=8), VAE(6, 2, units=8), num_samples=5)
+    product.log_partition(num_draws=50)
+    x = torch.zeros(3, 6)
+    assert log_likelihood(product, x, num_samples=70).num_samples == 70
+    assert log_likelihood(product, x).num_samples == 5

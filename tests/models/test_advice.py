@@ -1,6 +1,7 @@
 """Advice: each of the cases where it is known to hold, and what the mixtures promise."""
 
 import math
+from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
@@ -135,3 +136,15 @@ def test_advice_repeats_itself_and_leaves_the_random_state():
 def test_bad_requests_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         advise(VAE(6, 2, units=4), torch.zeros(60, 6), **options)
+
+
+def test_a_stage_over_an_index_is_not_said_to_be_of_the_top_ones_kind():
+    x = two_clusters(600)
+    gmm = GMM(3, 2)
+    gmm.fit_em(x)
+    advice = replace(advise(gmm, x), next_step="add a stage")
+    assert "index 'component'" in str(advice)
+    rbm = RBM(4, 3)
+    rbm.refresh()
+    bits = replace(advise(rbm, (torch.rand(60, 4) < 0.5).float()), next_step="add a stage")
+    assert "exchange" in str(bits)
