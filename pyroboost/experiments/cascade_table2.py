@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyroboost.compose import Cascade
 from pyroboost.experiments import parts
-from pyroboost.experiments.cascade import BOUND, LIKELIHOOD, draw
+from pyroboost.experiments.cascade import BOUND, LIKELIHOOD, draw, pooled
 from pyroboost.experiments.parts import Images, Training
 from pyroboost.experiments.record import claim, measured, over_seeds
 from pyroboost.experiments.runner import Findings, Run
@@ -195,11 +195,7 @@ def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     Returns:
         The claims.
     """
-    cells = {(row["name"], row["metric"]): row for row in rows}
-
-    def read(name: str, metric: str) -> tuple[float, float]:
-        row = cells[name, metric]
-        return row["value"], math.hypot(row["std_error"] or 0.0, row["seed_error"] or 0.0)
+    read = partial(pooled, rows)
 
     claims = []
     for name in MODELS:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ from pyroboost.compose import Cascade, Product
 from pyroboost.contexts import forked_rng
 from pyroboost.evaluation.likelihood import elbo, log_likelihood
 from pyroboost.experiments import parts
-from pyroboost.experiments.cascade import BOUND, LIKELIHOOD
+from pyroboost.experiments.cascade import BOUND, LIKELIHOOD, pooled
 from pyroboost.experiments.figures import sample_grids
 from pyroboost.experiments.parts import Images, Training
 from pyroboost.experiments.record import claim, over_seeds
@@ -289,9 +288,7 @@ def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     cells = {(row["name"], row["metric"]): row for row in rows}
 
-    def read(name: str, metric: str) -> tuple[float, float]:
-        row = cells[name, metric]
-        return row["value"], math.hypot(row["std_error"] or 0.0, row["seed_error"] or 0.0)
+    read = partial(pooled, rows)
 
     def told(*names: str) -> str:
         return ", ".join(f"{n}: {told_one(cells[n, LIKELIHOOD])}" for n in names)
