@@ -9,10 +9,25 @@ import torch
 from pyro.infer.inspect import get_dependencies
 from torch import Tensor
 
-__all__ = ["datum_log_prob", "latent_parents"]
+__all__ = ["data_plates", "datum_log_prob", "latent_parents"]
 
 
-def datum_log_prob(site: dict[str, Any], num_data: int) -> Tensor:
+def data_plates(site: dict[str, Any], num_data: int) -> frozenset[str]:
+    """Return the names of the plates of N around a site.
+
+    Around the hidden site they tell the plate of the data from one of equal size within it.
+
+    Args:
+        site: a node of a trace, or a message.
+        num_data: the number of data N.
+    """
+    stack = site["cond_indep_stack"]
+    return frozenset(f.name for f in stack if f.vectorized and f.size == num_data)
+
+
+def datum_log_prob(
+    site: dict[str, Any], num_data: int, plates: frozenset[str] = frozenset()
+) -> Tensor:
     """Sum a traced site's unscaled log density to one value per datum.
 
     The data are the plate of ``num_data``, or the leftmost batch dimension of that size.
@@ -20,6 +35,8 @@ def datum_log_prob(site: dict[str, Any], num_data: int) -> Tensor:
     Args:
         site: a node of a trace after ``compute_log_prob``.
         num_data: the number of data N.
+        plates: names of the plates that may be that of the data, where a site has one of them;
+            what :func:`data_plates` says of the hidden site.
 
     Returns:
         Log density per datum in nats.  # (N,)
@@ -32,7 +49,8 @@ def datum_log_prob(site: dict[str, Any], num_data: int) -> Tensor:
     if mask is not None:
         on = torch.as_tensor(mask, device=log_prob.device)
         log_prob = torch.where(on, log_prob, log_prob.new_zeros(()))
-    frames = [f.dim for f in site["cond_indep_stack"] if f.vectorized and f.size == num_data]
+    sized = [f for f in site["cond_indep_stack"] if f.vectorized and f.size == num_data]
+    frames = [f.dim for f in sized if f.name in plates] or [f.dim for f in sized]
     shape = log_prob.shape
     dims = [d for d in frames if -d <= len(shape) and shape[d] == num_data] or [
         i - len(shape) for i, size in enumerate(shape) if size == num_data

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pyroboost.contexts import forked_rng, service
 from pyroboost.handlers import is_plate
 from pyroboost.metamodel import MetaModel, datum_log_prob
+from pyroboost.traces import data_plates
 
 __all__ = ["Draw", "draw", "log_weights", "row_blocks", "take_rows"]
 
@@ -87,9 +88,10 @@ def _weigh(pair: MetaModel, model: poutine.Trace, guide: poutine.Trace) -> Draw:
     guide.compute_log_prob(lambda name, _: name in inferred)
     hidden = scored[pair.hidden]
     count = len(hidden["value"])
-    log_weight = sum(datum_log_prob(scored[name], count) for name in sorted(wanted))
+    plates = data_plates(hidden, count)
+    log_weight = sum(datum_log_prob(scored[name], count, plates) for name in sorted(wanted))
     for site in inferred.values():
-        log_weight = log_weight - datum_log_prob(site, count)
+        log_weight = log_weight - datum_log_prob(site, count, plates)
     return Draw(hidden["value"], torch.as_tensor(log_weight), datum_log_prob(hidden, count))
 
 

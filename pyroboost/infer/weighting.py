@@ -115,19 +115,16 @@ class _Weigh(Messenger):
         super().__init__()
         self.weights, self.drawn, self.draws = weights, drawn, draws
         self.reached = False
+        self.plates: frozenset[str] | None = None  # those that may be the plate of the data
 
     def _pyro_sample(self, msg: Any) -> None:
         if is_plate(msg) or msg["infer"].get("_deterministic"):
             return
         self.reached = True
         count, batch = len(self.weights), tuple(msg["fn"].batch_shape)
-        frames = [
-            f.dim
-            for f in msg["cond_indep_stack"]
-            if f.vectorized and f.size == count and f.name != "num_particles_vectorized"
-        ]
+        frames = self._frames(msg, count)
         dims = frames or [i - len(batch) for i, size in enumerate(batch) if size == count]
-        if not dims:
+        if frames is None or not dims:
             raise ValueError(
                 f"fit: site '{msg['name']}' has no dimension of the {count} data of a batch, so "
                 "that a weight per datum has no meaning for it; put it in a plate over the data "
@@ -135,6 +132,20 @@ class _Weigh(Messenger):
             )
         dim = min(dims)
         msg["scale"] = msg["scale"] * self.weights.reshape(-1, *[1] * (-1 - dim))
+
+    def _frames(self, msg: Any, count: int) -> list[int] | None:
+        """Return the dims that may be the data's; ``None``: of the right size, but another's.
+
+        The plate of the data holds every site of a program, which tells it from a plate that
+        has as many members as the batch by chance.
+        """
+        sized = [f for f in msg["cond_indep_stack"] if f.vectorized and f.size == count]
+        sized = [f for f in sized if f.name != "num_particles_vectorized"]
+        if not sized:
+            return []
+        names = frozenset(f.name for f in sized)
+        self.plates = names if self.plates is None else self.plates & names
+        return [f.dim for f in sized if f.name in self.plates] or None
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if self.draws:

@@ -9,9 +9,16 @@ from product_parts import bit_product, gmm_product, pair_product, true_log_densi
 from torch import nn
 
 from pyroboost.compose import Product, Ratio
-from pyroboost.compose.partition import Partition, doubt_of, from_weights, propose, search_table
+from pyroboost.compose.partition import (
+    Partition,
+    doubt_of,
+    from_weights,
+    propose,
+    search_table,
+    with_constants,
+)
 from pyroboost.likelihood import Likelihood
-from pyroboost.models import GMM, BernoulliMixture
+from pyroboost.models import GMM, RBM, BernoulliMixture
 
 METHODS = [
     ("importance", {}),
@@ -250,3 +257,47 @@ def test_descriptions():
     assert Partition(1.0, 0.0, "exact").describe() == "log Z = 1.000 ± 0.000 nats (exact)"
     assert Partition(1.0, 0.0, "exact").exact
     assert not Partition(1.0, 0.1, "importance", 5.0, 0.1, 10).exact
+
+
+@pytest.mark.parametrize("options", [
+    {"method": "importance", "proposal": 0},
+    {"method": "importance"},
+    {"method": "bridge", "proposal": 0},
+    {"method": "ais", "proposal": 0},
+])  # fmt: skip
+def test_what_a_proposing_part_does_not_know_of_its_constant_is_part_of_the_error(options):
+    torch.manual_seed(0)
+    machine = RBM(24, 22)
+    with torch.no_grad():
+        machine.weight.copy_(0.6 * torch.randn(24, 22))
+    other = BernoulliMixture(3, 24)
+    values, told = [], []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        machine.refresh(num_chains=10, num_temperatures=20)
+        product = Product(machine, other)
+        found = product.log_partition(**options, num_draws=300)
+        values.append(float(product.log_marginal(torch.zeros(1, 24)).value))
+        told.append(found.std_error)
+    own = machine.normalisation()[1]
+    assert min(told) > 0.02
+    if options.get("proposal") == 0:
+        assert found.std_error >= own
+    # Errors that are told are of the size of those that are made.
+    spread = float(torch.tensor(values).std())
+    assert spread < 4 * sum(told) / len(told)
+
+
+def test_a_part_that_knows_its_constant_adds_no_error():
+    torch.manual_seed(0)
+    product = Product(BernoulliMixture(2, 5), BernoulliMixture(3, 5))
+    found = product.log_partition("importance", num_draws=500)
+    again = with_constants(found, product, {0: 0.5, 1: 0.5})
+    assert again == found
+
+
+def test_a_number_of_draws_below_one_is_refused():
+    product = Product(BernoulliMixture(2, 5), BernoulliMixture(3, 5))
+    for count in (0, -3):
+        with pytest.raises(ValueError, match="num_draws"):
+            product.log_partition("importance", num_draws=count)

@@ -8,6 +8,7 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
 
 from pyroboost import Cascade, MetaModel
 from pyroboost.contexts import local_params
+from pyroboost.evaluation import elbo, importance_bound
 from pyroboost.infer import fit
 from pyroboost.infer.batches import Batches
 from pyroboost.infer.objectives import Annealing, resolve_loss
@@ -311,3 +312,41 @@ def test_a_cascade_is_weighted_as_a_whole():
         if site["type"] == "sample" and site["log_prob"].dim()
     )
     torch.testing.assert_close(total, -(w * terms).sum())
+
+
+def test_a_plate_of_features_as_large_as_the_batch_is_not_taken_for_the_data():
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with pyro.plate("features", 4, dim=-2):
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x.T)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(x.sum(-1) / 5, 5**-0.5))
+
+    torch.manual_seed(0)
+    x, w = 3 * torch.randn(4, 4), torch.tensor([1.0, 2.0, 3.0, 4.0])
+    law = dist.MultivariateNormal(torch.zeros(4), torch.eye(4) + torch.ones(4, 4))
+    value = weighed(Trace_ELBO(max_plate_nesting=2).differentiable_loss, w)(model, guide, x)
+    torch.testing.assert_close(value, -(w * law.log_prob(x)).sum(), rtol=1e-4, atol=1e-3)
+    pair = MetaModel(model, guide, visible="x", hidden="z")
+    torch.testing.assert_close(elbo(pair, x).value, law.log_prob(x), rtol=1e-4, atol=1e-3)
+    bound = importance_bound(pair, x[:2], num_samples=2)  # two rows twice: four again
+    torch.testing.assert_close(bound.value, law.log_prob(x[:2]), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("count", [4, 7])
+def test_a_global_site_in_a_plate_of_any_size_is_refused(count):
+    def model(x):
+        with pyro.plate("features", 4):
+            b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(b.sum(), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("features", 4):
+            pyro.sample("b", dist.Normal(pyro.param("m", torch.zeros(4)), 1.0))
+
+    with pytest.raises(ValueError, match="has no dimension"):
+        fit((model, guide), torch.zeros(count), epochs=1, weights=torch.ones(count))
