@@ -110,7 +110,7 @@ def check_labels(labels: Labels, size: int, classes: int, name: str) -> None:
             f"M2: labels for '{name}' came as {type(labels).__name__}; pass an integer tensor (N,) "
             "with -1 where a label is missing, or None."
         )
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+    if labels.dtype not in (torch.int64, torch.int32):
         raise TypeError(
             f"M2: labels for '{name}' are {labels.dtype}; pass class numbers as torch.int64, with "
             "-1 where a label is missing."

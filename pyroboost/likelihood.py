@@ -35,8 +35,8 @@ class Likelihood:
     Args:
         value: $\log p(x_n)$ or what stands for it.  # (N,)
         kind: what ``value`` is; kinds never mix silently.
-        std_error: Monte Carlo standard error of each value; ``None`` where nothing was
-            sampled.  # (N,)
+        std_error: Monte Carlo standard error of each value, the shared error included; ``None``
+            where nothing was sampled.  # (N,)
         ess: effective sample size of the importance weights of each datum.  # (N,)
         pareto_k: Pareto shape $\hat k$ of those weights.  # (N,)
         num_samples: samples per datum (0: none were needed).
@@ -98,6 +98,10 @@ class Likelihood:
 
         def join(name: str) -> Tensor | None:
             values = [getattr(part, name) for part in parts]
+            if name == "std_error" and any(v is not None for v in values):
+                # What was not sampled has no Monte Carlo error.
+                pairs = zip(values, parts, strict=True)
+                values = [torch.zeros_like(p.value) if v is None else v for v, p in pairs]
             return None if any(v is None for v in values) else torch.cat(values)
 
         return Likelihood(

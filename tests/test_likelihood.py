@@ -33,7 +33,8 @@ def test_cat_and_add():
         Likelihood(torch.ones(3), "estimate", std_error=torch.ones(3), shared_error=0.5),
     ]
     both = Likelihood.cat(parts)
-    assert (len(both), both.kind, both.std_error, both.shared_error) == (5, "estimate", None, 0.5)
+    assert (len(both), both.kind, both.shared_error) == (5, "estimate", 0.5)
+    assert both.std_error.tolist() == [0.0, 0.0, 1.0, 1.0, 1.0]
     assert (both + 1.0).mean == both.mean + 1.0
     with pytest.raises(ValueError, match="no block to join"):
         Likelihood.cat([])
@@ -44,3 +45,10 @@ def test_words():
     assert text == "-1.50 ± 0.50 nats (lower bound, 7 samples)"
     with pytest.raises(ValueError, match="it must be one of exact, bound"):
         Likelihood(torch.zeros(1), "guess")
+
+
+def test_blocks_of_which_some_were_sampled_keep_their_errors():
+    sampled = Likelihood(torch.zeros(2), "estimate", std_error=torch.tensor([0.1, 0.2]))
+    joined = Likelihood.cat([Likelihood(torch.ones(1), "exact"), sampled])
+    assert joined.kind == "estimate"
+    torch.testing.assert_close(joined.std_error, torch.tensor([0.0, 0.1, 0.2]))

@@ -146,7 +146,13 @@ def _classes(
     pair: MetaModel, last: MetaModel, count: int | None, label: str | None
 ) -> tuple[int, str]:
     """Return the number of classes and the name of the class variable."""
-    found = getattr(last, "num_classes", None) if count is None else count
+    own = getattr(last, "num_classes", None)
+    if None not in (own, count) and own != count:
+        raise ValueError(
+            f"class_probabilities: num_classes is {count} and {type(last).__name__} has {own} "
+            "classes; leave num_classes out."
+        )
+    found = own if count is None else count
     name = getattr(last, "label", "y") if label is None else label
     if not isinstance(found, int) or found < 2:
         raise ValueError(

@@ -64,7 +64,12 @@ def elbo(
     kind, shared = _kind(pair, "bound")
     error = table.std(0) / math.sqrt(num_samples) if num_samples > 1 else None
     return Likelihood(
-        table.mean(0), kind, std_error=error, num_samples=num_samples, shared_error=shared
+        table.mean(0),
+        kind,
+        std_error=_with_shared(error, shared),
+        num_samples=num_samples,
+        shared_error=shared,
+        doubt=_doubt(shared),
     )
 
 
@@ -119,12 +124,25 @@ def _from_weights(table: Tensor, kind: Kind, shared: float) -> Likelihood:
     return Likelihood(
         mean,
         kind,
-        std_error=error if len(table) > 1 else None,
+        std_error=_with_shared(error if len(table) > 1 else None, shared),
         ess=ess,
         pareto_k=pareto_k,
         num_samples=len(table),
         shared_error=shared,
+        doubt=_doubt(shared),
     )
+
+
+def _with_shared(error: Tensor | None, shared: float) -> Tensor | None:
+    """Add an error that all data share to those of the draws."""
+    if error is None or shared == 0.0:
+        return error
+    return (error.square() + shared**2).sqrt()
+
+
+def _doubt(shared: float) -> str | None:
+    """Say why no error can be told, where a pair says so of its log Z."""
+    return None if math.isfinite(shared) else "a log Z among its stages is not to be trusted"
 
 
 def log_likelihood(

@@ -12,10 +12,11 @@ from torch import Tensor
 from pyroboost.compose import Cascade
 from pyroboost.contexts import forked_rng
 from pyroboost.evaluation.weights import bound_draw, row_blocks, take_rows
+from pyroboost.infer.weighting import check_weights
 
 __all__ = ["Gain", "Verdict", "stage_gain"]
 
-Verdict = Literal["base", "grows", "nothing gained", "not well trained: retrain"]
+Verdict = Literal["base", "grows", "nothing gained", "not well trained: retrain", "undecided"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,9 @@ class Gain:
     std_error: float
 
     def verdict(self) -> Verdict:
-        """Say what the term means, at two standard errors."""
+        """Say what the term means, at two standard errors; without one nothing can be said."""
+        if not (math.isfinite(self.value) and math.isfinite(self.std_error)):
+            return "undecided"
         if self.value > 2 * self.std_error:
             return "grows"
         return (
@@ -64,6 +67,7 @@ def stage_gain(
     Reference:
         Cascaded meta-models, Eq. 7.
     """
+    _check(cascade, index, x, weights)
     stage, values = cascade[index], []
     copies = max(part.num_particles for part in cascade[: index + 1])
     with forked_rng(seed):
@@ -78,6 +82,17 @@ def stage_gain(
     # Two equal densities differ by rounding, which must not pass for a gain.
     rounding = 1e-6 * max(1.0, float(per_datum.abs().max()))
     return Gain(value, math.hypot(error, rounding, *shared))
+
+
+def _check(cascade: Cascade, index: int, x: Tensor, weights: Tensor | None) -> None:
+    if not 0 <= index < len(cascade):
+        raise ValueError(
+            f"stage_gain: there is no stage {index} in a cascade of {len(cascade)}; count from 0."
+        )
+    if len(x) < 2:
+        raise ValueError(f"stage_gain: {len(x)} data have no standard error; pass two or more.")
+    if weights is not None:
+        check_weights(weights, len(x), "weights")
 
 
 def _mean(values: Tensor, weights: Tensor | None) -> tuple[float, float]:

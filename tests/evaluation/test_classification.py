@@ -206,3 +206,16 @@ def test_scores_refuse_what_is_no_forecast(score, p, y, words):
 def test_calibration_error_needs_a_bin():
     with pytest.raises(ValueError, match="num_bins"):
         expected_calibration_error(torch.ones(1, 2) / 2, torch.tensor([0]), 0)
+
+
+@pytest.mark.parametrize("method", ["model", "guide"])
+def test_another_number_of_classes_than_the_pairs_own_is_refused(method):
+    with pytest.raises(ValueError, match="has 3 classes"):
+        class_probabilities(M2(6, 3, 2, units=8), torch.zeros(4, 6), method=method, num_classes=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
+def test_labels_of_narrow_integers_are_refused(dtype):
+    pair = M2(6, 3, 2, units=8)
+    with pytest.raises(TypeError, match="int64"):
+        pair.sample(4, torch.zeros(4, dtype=dtype))

@@ -7,7 +7,8 @@ import torch
 from enumerated import BitPair, all_bits, cascade_exact
 
 from pyroboost import Cascade, MetaModel
-from pyroboost.evaluation import draw, log_weights
+from pyroboost.evaluation import draw, elbo, importance_bound, log_likelihood, log_weights
+from pyroboost.models import VAE
 
 
 @pytest.fixture
@@ -147,3 +148,22 @@ def test_evaluation_leaves_training_alone():
             assert torch.equal(tensor, before[name]), name
     assert vae.training
     assert not list(pyro.get_param_store().keys())
+
+
+def test_the_error_of_each_datum_holds_what_all_data_share(monkeypatch):
+    torch.manual_seed(0)
+    vae = VAE(6, 2, units=8)
+    x = torch.zeros(4, 6)
+    for measure in (elbo, importance_bound, log_likelihood):
+        torch.manual_seed(1)
+        plain = measure(vae, x, num_samples=5)
+        with monkeypatch.context() as patch:
+            patch.setattr(VAE, "normalisation", lambda self: ("estimate", 0.3))
+            torch.manual_seed(1)
+            found = measure(vae, x, num_samples=5)
+            patch.setattr(VAE, "normalisation", lambda self: ("estimate", float("inf")))
+            doubted = measure(vae, x, num_samples=5)
+        torch.testing.assert_close(found.std_error, (plain.std_error**2 + 0.09).sqrt())
+        assert found.doubt is None
+        assert doubted.doubt is not None
+        assert "error unknown" in doubted.describe()

@@ -324,3 +324,24 @@ def test_a_cascade_that_is_a_part_is_trained_stage_by_stage_on_its_weights():
     assert [s.train for s in found.stages] == [s.train for s in wanted.stages]
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_without_a_standard_error_nothing_is_decided():
+    for value, error in ((0.5, float("inf")), (0.5, float("nan")), (float("nan"), 0.1)):
+        assert gains.Gain(value, error).verdict() == "undecided"
+
+
+@pytest.mark.parametrize(
+    ("index", "rows", "weights", "words"),
+    [
+        (2, 5, None, "no stage 2"),
+        (-1, 5, None, "no stage -1"),
+        (0, 1, None, "no standard error"),
+        (0, 5, torch.zeros(5), "all 0"),
+        (0, 5, torch.ones(4), "have shape"),
+    ],
+)
+def test_gains_that_cannot_be_measured_are_refused(index, rows, weights, words):
+    pair = Cascade(VAE(4, 2, units=6), GMM(2, 2))
+    with pytest.raises(ValueError, match=words):
+        stage_gain(pair, index, torch.zeros(rows, 4), weights=weights)
