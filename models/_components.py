@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyroboost.models._em import Covariance, Mixture, log_joint
+from pyroboost.models._finite_mixture import Parts
 
 
 class _Mixture(dist.MixtureSameFamily):
@@ -19,14 +20,13 @@ class _Mixture(dist.MixtureSameFamily):
     support = constraints.real_vector
 
 
-class Components(nn.Module):
+class Components(Parts):
     """The parameters of a mixture, unconstrained, and the programs that read them."""
 
     lower: nn.Parameter | None
 
     def __init__(self, k: int, dim: int, covariance: Covariance, visible: str, hidden: str) -> None:
-        super().__init__()
-        self.visible, self.hidden = visible, hidden
+        super().__init__(visible, hidden)
         self.logits = nn.Parameter(torch.zeros(k))
         self.locs = nn.Parameter(torch.randn(k, dim))  # equal components would never part
         self.log_scale = nn.Parameter(torch.zeros(k, dim))
@@ -67,10 +67,14 @@ class Components(nn.Module):
                 row, column = self.below_diagonal()
                 self.lower.copy_(value.scale[:, row, column] if full else torch.tensor(0.0))
 
+    def log_weights(self) -> Tensor:
+        """Return log w_c of every component, (K,)."""
+        return self.logits.log_softmax(-1)
+
     def joint(self, x: Tensor) -> Tensor:
         """Return log m(x, c) of every component, (..., K)."""
         self.check(x)
-        return log_joint(x, self.logits.log_softmax(-1), self.locs, self.scale())
+        return log_joint(x, self.log_weights(), self.locs, self.scale())
 
     def check(self, x: Tensor) -> None:
         """Refuse data of another dimension."""
@@ -94,18 +98,6 @@ class Components(nn.Module):
             c = pyro.sample(self.hidden, dist.Categorical(logits=self.logits))
             normal = self.gaussian(self.locs[c], self.scale()[c])
             return pyro.sample(self.visible, normal, obs=x)
-
-    def recognise(self, x: Tensor) -> Tensor:
-        """Draw c ~ m(c | x), the exact posterior, with gradients."""
-        return self._posterior(x, self.joint(x))
-
-    def guide(self, x: Tensor) -> Tensor:
-        """Draw c ~ m(c | x), without gradients: their mean is zero and their noise is not."""
-        return self._posterior(x, self.joint(x).detach())
-
-    def _posterior(self, x: Tensor, logits: Tensor) -> Tensor:
-        with pyro.plate("data", x.shape[-2], dim=-1):
-            return pyro.sample(self.hidden, dist.Categorical(logits=logits))
 
     def marginal(self, x: Tensor) -> Tensor:
         """Draw x ~ sum_k w_k N(mu_k, Sigma_k), without the component."""

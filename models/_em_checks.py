@@ -1,5 +1,9 @@
 """What EM refuses, each in one sentence."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -24,6 +28,17 @@ def check_data(data: Tensor, num_components: int, where: str) -> None:
         raise ValueError(
             f"{where}: {bad} of {len(data)} data hold NaN or infinity; drop or fill them first."
         )
+
+
+def check_rows(
+    data: Tensor, validation: Tensor | None, check: Callable[[Tensor], None], num_components: int
+) -> None:
+    """Refuse data that cannot be used, each in one sentence."""
+    check_data(data, num_components, "GMM.fit_em")
+    check(data)
+    if validation is not None:
+        check_data(validation, 0, "GMM.fit_em (validation)")
+        check(validation)
 
 
 def check_options(

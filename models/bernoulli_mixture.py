@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -17,33 +15,12 @@ from torch.nn.functional import softplus
 
 from pyroboost.likelihood import Likelihood
 from pyroboost.metamodel import MetaModel
+from pyroboost.models._bits_em import ROWS, BitsEMResult, check_fit, run_em
+from pyroboost.models._finite_mixture import FiniteMixture, Parts
 from pyroboost.models._products import multiply_bernoullis, repeats
-from pyroboost.program import Program
 from pyroboost.sampling.gibbs import is_binary
 
 __all__ = ["BernoulliMixture", "BitsEMResult"]
-
-_ROWS = 8192
-
-
-@dataclass(frozen=True)
-class BitsEMResult:
-    """What a fit by EM did; numbers are means per datum, in nats.
-
-    Args:
-        history: training log-likelihood plus log prior before each step and after the last, of
-            the best restart: it never falls.
-        converged: whether the last step gained less than the tolerance.
-        restarts: final value of each restart.
-        held_out: mean held-out log-likelihood; ``None`` without held-out data.
-        seconds: wall-clock time.
-    """
-
-    history: list[float]
-    converged: bool
-    restarts: list[float]
-    held_out: float | None
-    seconds: float
 
 
 class _Bits(dist.MixtureSameFamily):
@@ -52,12 +29,11 @@ class _Bits(dist.MixtureSameFamily):
     support = constraints.independent(constraints.boolean, 1)  # type: ignore[no-untyped-call]
 
 
-class _Components(nn.Module):
+class _Components(Parts):
     """Log weights and log odds, and the programs that read them."""
 
     def __init__(self, k: int, dim: int, visible: str, hidden: str) -> None:
-        super().__init__()
-        self.visible, self.hidden = visible, hidden
+        super().__init__(visible, hidden)
         self.weight_logits = nn.Parameter(torch.zeros(k))
         self.logits = nn.Parameter(torch.randn(k, dim))  # equal components would never part
 
@@ -75,12 +51,16 @@ class _Components(nn.Module):
                 "binarise the data first."
             )
 
+    def log_weights(self) -> Tensor:
+        """Return log w_c of every component, (K,)."""
+        return self.weight_logits.log_softmax(-1)
+
     def joint(self, x: Tensor) -> Tensor:
         """Return log m(x, c) of every component, (..., K)."""
         self.check(x)
         x = x.to(self.logits)
         empty = softplus(self.logits, threshold=50.0).sum(-1)
-        return self.weight_logits.log_softmax(-1) + x @ self.logits.mT - empty
+        return self.log_weights() + x @ self.logits.mT - empty
 
     def model(self, x: Tensor) -> Tensor:
         """Draw a component, then bits."""
@@ -90,18 +70,6 @@ class _Components(nn.Module):
             law = dist.Bernoulli(logits=self.logits[c], validate_args=False).to_event(1)
             return pyro.sample(self.visible, law, obs=x.to(self.logits.dtype))
 
-    def guide(self, x: Tensor) -> Tensor:
-        """Draw c ~ m(c | x), without gradients: their mean is zero and their noise is not."""
-        return self._posterior(x, self.joint(x).detach())
-
-    def recognise(self, x: Tensor) -> Tensor:
-        """Draw c ~ m(c | x), the exact posterior, with gradients."""
-        return self._posterior(x, self.joint(x))
-
-    def _posterior(self, x: Tensor, logits: Tensor) -> Tensor:
-        with pyro.plate("data", x.shape[-2], dim=-1, device=x.device):
-            return pyro.sample(self.hidden, dist.Categorical(logits=logits))
-
     def marginal(self, x: Tensor) -> Tensor:
         """Draw x without the component."""
         self.check(x)
@@ -110,15 +78,8 @@ class _Components(nn.Module):
         with pyro.plate("data", x.shape[-2], dim=-1, device=x.device):
             return pyro.sample(self.visible, law, obs=x.to(self.logits.dtype))
 
-    def loss(
-        self, model: object, guide: object, x: Tensor, *args: object, weights: Tensor | None = None
-    ) -> Tensor:
-        """Return minus the exact log-likelihood, summed over the batch."""
-        value = self.joint(x).logsumexp(-1)
-        return -(value if weights is None else weights * value).sum()
 
-
-class BernoulliMixture(MetaModel):
+class BernoulliMixture(FiniteMixture[_Components]):
     r"""A mixture of vectors of independent bits whose component is the hidden site.
 
     $$m(x, c) = w_c \prod_d e^{x_d \ell_{cd}} / (1 + e^{\ell_{cd}}), \qquad
@@ -154,38 +115,12 @@ class BernoulliMixture(MetaModel):
                 f"BernoulliMixture: got {num_components} components of {dim} bits; both must be "
                 "at least 1."
             )
-        parts = _Components(num_components, dim, visible, hidden)
-        super().__init__(
-            parts.model,
-            parts.guide,
-            visible=visible,
-            hidden=hidden,
-            visible_shape=(dim,),
-            hidden_shape=(),
-        )
-        self._recognition = Program(parts.recognise, "guide")
-        self._marginal = Program(parts.marginal, "marginal")
-
-    @property
-    def recognition(self) -> Program:
-        """The guide with gradients, for where a stage above models the component."""
-        return self._recognition
-
-    @property
-    def marginal(self) -> Callable[..., Any]:
-        """The program of x alone, the component summed out."""
-        return self._marginal
-
-    @property
-    def components(self) -> _Components:
-        """The module that holds the parameters."""
-        parts: _Components = self.model.parts[0]  # type: ignore[assignment]
-        return parts
+        super().__init__(_Components(num_components, dim, visible, hidden), dim)
 
     @property
     def log_weights(self) -> Tensor:
         """Log weights of the components, detached, (K,)."""
-        return self.components.weight_logits.detach().log_softmax(-1)
+        return self.components.log_weights().detach()
 
     @property
     def logits(self) -> Tensor:
@@ -215,17 +150,6 @@ class BernoulliMixture(MetaModel):
         parts.weight_logits.copy_(log_weights)
         parts.logits.copy_(logits)
 
-    def responsibilities(self, x: Tensor) -> Tensor:
-        r"""Return $m(c \mid x)$.
-
-        Args:
-            x: bits.  # (N, D)
-
-        Returns:
-            Probabilities.  # (N, K)
-        """
-        return self.components.joint(x).softmax(-1)
-
     def log_marginal(self, x: Tensor, *args: Any) -> Likelihood:
         r"""Return the exact $\log m(x)$ in nats.
 
@@ -236,26 +160,7 @@ class BernoulliMixture(MetaModel):
         Returns:
             Exact log probabilities, with gradients where they are enabled.  # (N,)
         """
-        self.components.check(x)
-        blocks = [self.components.joint(rows).logsumexp(-1) for rows in torch.split(x, _ROWS)]
-        return Likelihood(torch.cat(blocks), "exact")
-
-    def log_prior(self, h: Tensor, *args: Any, template: Tensor | None = None) -> Likelihood:
-        r"""Return $\log w_c$ of given components, exactly.
-
-        Args:
-            h: components.  # (N,)
-            *args: not read.
-            template: not read.
-
-        Returns:
-            Log probabilities in nats.  # (N,)
-        """
-        return Likelihood(self.log_weights[h.long()], "exact")
-
-    def objective(self) -> Callable[..., Tensor]:
-        """Return the loss with the component summed out, which is minus the exact likelihood."""
-        return self.components.loss
+        return self._summed_out(x, ROWS)
 
     def multiplied(
         self, parts: Sequence[MetaModel], powers: Sequence[float]
@@ -324,9 +229,12 @@ class BernoulliMixture(MetaModel):
             ValueError: data or options are of no use.
         """
         begin = time.perf_counter()
-        weights = self._check_fit(data, weights, pseudo_count, restarts, max_iterations, tolerance)
+        weights = check_fit(
+            data, self.components.check, weights, pseudo_count, restarts, max_iterations, tolerance
+        )
+        k = len(self.logits)
         fits = [
-            self._em(data, weights, pseudo_count, max_iterations, tolerance, generator)
+            run_em(data, k, weights, pseudo_count, max_iterations, tolerance, generator)
             for _ in range(restarts)
         ]
         log_weights, logits, history, converged = max(fits, key=lambda found: found[2][-1])
@@ -334,95 +242,3 @@ class BernoulliMixture(MetaModel):
         held_out = None if validation is None else self.log_marginal(validation).mean
         ends = [found[2][-1] for found in fits]
         return BitsEMResult(history, converged, ends, held_out, time.perf_counter() - begin)
-
-    def _check_fit(
-        self,
-        data: Tensor,
-        weights: Tensor | None,
-        pseudo_count: float,
-        restarts: int,
-        max_iterations: int,
-        tolerance: float,
-    ) -> Tensor:
-        if not isinstance(data, Tensor):
-            raise TypeError(
-                f"BernoulliMixture.fit_em: got {type(data).__name__}; EM needs all data at once, "
-                "as one tensor (N, D)."
-            )
-        self.components.check(data)
-        if not is_binary(data):
-            raise ValueError(
-                "BernoulliMixture.fit_em: the data hold values other than 0 and 1 (or NaN); "
-                "binarise them first."
-            )
-        if not 0.0 < pseudo_count < math.inf or restarts < 1 or max_iterations < 0:
-            raise ValueError(
-                f"BernoulliMixture.fit_em: got pseudo_count={pseudo_count}, restarts={restarts} "
-                f"and max_iterations={max_iterations}; take a positive count, at least one "
-                "restart and no negative number of steps."
-            )
-        if not tolerance >= 0.0:
-            raise ValueError(f"BernoulliMixture.fit_em: tolerance is {tolerance}; take 0 or more.")
-        if weights is None:
-            return torch.ones(len(data), dtype=torch.float64, device=data.device)
-        found = weights.double()
-        good = found.shape == (len(data),) and bool((found.isfinite() & (found >= 0)).all())
-        if not good or float(found.sum()) <= 0:
-            raise ValueError(
-                f"BernoulliMixture.fit_em: weights of shape {tuple(weights.shape)} came for "
-                f"{len(data)} data; give one finite number of at least 0 each, not all 0."
-            )
-        return found / found.mean()
-
-    def _em(
-        self,
-        data: Tensor,
-        weights: Tensor,
-        a: float,
-        steps: int,
-        tolerance: float,
-        generator: torch.Generator | None,
-    ) -> tuple[Tensor, Tensor, list[float], bool]:
-        """One run from random responsibilities, in float64 where it sums over data."""
-        k = len(self.logits)
-        noise = torch.empty(len(data), k, dtype=torch.float64, device=data.device)
-        resp = noise.exponential_(generator=generator)
-        log_weights, logits = _maximise(data, resp / resp.sum(-1, keepdim=True), weights, a)
-        history: list[float] = []
-        converged = False
-        for step in range(steps + 1):
-            resp, mean = _expect(data, weights, log_weights, logits)
-            history.append(mean + _log_prior(log_weights, logits, a) / float(weights.sum()))
-            if step and history[-1] - history[-2] < tolerance and tolerance > 0:
-                converged = True
-                break
-            if step < steps:
-                log_weights, logits = _maximise(data, resp, weights, a)
-        return log_weights, logits, history, converged
-
-
-def _maximise(data: Tensor, resp: Tensor, weights: Tensor, a: float) -> tuple[Tensor, Tensor]:
-    """Return log weights and log odds of the mode, given responsibilities."""
-    mass = resp * weights[:, None]
-    counts = mass.sum(0)
-    ones = torch.zeros(resp.shape[1], data.shape[1], dtype=torch.float64, device=data.device)
-    for rows, part in zip(torch.split(data, _ROWS), torch.split(mass, _ROWS), strict=True):
-        ones += part.mT @ rows.double()
-    zeros = (counts[:, None] - ones).clamp_min(0.0)
-    return (counts + a).log() - (counts + a).sum().log(), (ones + a).log() - (zeros + a).log()
-
-
-def _expect(
-    data: Tensor, weights: Tensor, log_weights: Tensor, logits: Tensor
-) -> tuple[Tensor, float]:
-    """Return responsibilities and the mean log-likelihood."""
-    offset = log_weights - softplus(logits, threshold=50.0).sum(-1)
-    joint = torch.cat([rows.double() @ logits.mT + offset for rows in torch.split(data, _ROWS)])
-    value = joint.logsumexp(-1)
-    return (joint - value[:, None]).exp(), float((weights * value).sum() / weights.sum())
-
-
-def _log_prior(log_weights: Tensor, logits: Tensor, a: float) -> float:
-    """Return the log prior up to a constant: a pseudo-count of a on either side of every bit."""
-    bits = -softplus(-logits, threshold=50.0) - softplus(logits, threshold=50.0)
-    return a * float(bits.sum() + log_weights.sum())

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from pyro.infer import TraceEnum_ELBO, config_enumerate
@@ -14,47 +12,14 @@ from torch import Tensor
 from pyroboost.likelihood import Likelihood
 from pyroboost.metamodel import MetaModel
 from pyroboost.models._components import Components
-from pyroboost.models._em import Covariance, Mixture, chunk_rows, mean_log_density
-from pyroboost.models._em_checks import check_data, check_options
-from pyroboost.models._em_fit import fit, kmeans_start, prior_start
+from pyroboost.models._em import Covariance, Mixture, chunk_rows
+from pyroboost.models._em_checks import check_options, check_rows
+from pyroboost.models._em_restarts import EMResult, Start, best_of
+from pyroboost.models._finite_mixture import FiniteMixture
 from pyroboost.models._products import log_normal_at, multiply_gaussians, repeats
 from pyroboost.models.bernoulli_mixture import BernoulliMixture
-from pyroboost.program import Program
 
 __all__ = ["GMM", "EMResult"]
-
-Start = Literal["prior", "kmeans", "current"]
-
-
-class HeldOut(NamedTuple):
-    """Mean held-out log-likelihoods, in nats per datum."""
-
-    fit: float
-    start: float
-    prior: float  # of one standard normal N(0, I)
-
-
-@dataclass(frozen=True)
-class EMResult:
-    """What a fit by EM did; likelihoods are means per datum, in nats.
-
-    Args:
-        history: training log-likelihood before each step and after the last, of the best restart.
-        converged: whether the last step gained less than the tolerance.
-        restarts: final training log-likelihood of each restart.
-        kept_start: whether the start was kept, because held-out data preferred it.
-        held_out: what held-out data say; None without them.
-        reseeded: how often an empty component was placed anew.
-        seconds: wall-clock time.
-    """
-
-    history: list[float]
-    converged: bool
-    restarts: list[float]
-    kept_start: bool
-    held_out: HeldOut | None
-    reseeded: int
-    seconds: float
 
 
 def enumerated_loss(model: Callable[..., Any], guide: Callable[..., Any], *args: Any) -> Tensor:
@@ -64,7 +29,7 @@ def enumerated_loss(model: Callable[..., Any], guide: Callable[..., Any], *args:
     return loss
 
 
-class GMM(MetaModel):
+class GMM(FiniteMixture[Components]):
     r"""A Gaussian mixture whose component is the hidden site.
 
     $$m(x, c) = w_c \, N(x; \mu_c, \Sigma_c), \qquad q(c \mid x) = m(c \mid x)
@@ -109,34 +74,8 @@ class GMM(MetaModel):
             )
         if covariance not in ("full", "diag"):
             raise ValueError(f'GMM: covariance is {covariance!r}; pass "full" or "diag".')
-        parts = Components(num_components, dim, covariance, visible, hidden)
-        super().__init__(
-            parts.model,
-            parts.guide,
-            visible=visible,
-            hidden=hidden,
-            visible_shape=(dim,),
-            hidden_shape=(),
-        )
+        super().__init__(Components(num_components, dim, covariance, visible, hidden), dim)
         self.covariance: Covariance = covariance
-        self._recognition = Program(parts.recognise, "guide")
-        self._marginal = Program(parts.marginal, "marginal")
-
-    @property
-    def recognition(self) -> Program:
-        """The guide with gradients, for where a stage above models the component."""
-        return self._recognition
-
-    @property
-    def marginal(self) -> Callable[..., Any]:
-        """The program of x alone, the component summed out."""
-        return self._marginal
-
-    @property
-    def components(self) -> Components:
-        """The module that holds the parameters."""
-        parts: Components = self.model.parts[0]  # type: ignore[assignment]
-        return parts
 
     @property
     def mixture(self) -> Mixture:
@@ -149,17 +88,6 @@ class GMM(MetaModel):
     def mixture(self, value: Mixture) -> None:
         self.components.assign(value)
 
-    def responsibilities(self, x: Tensor) -> Tensor:
-        r"""Return $m(c \mid x)$.
-
-        Args:
-            x: data.  # (N, D)
-
-        Returns:
-            Probabilities.  # (N, K)
-        """
-        return self.components.joint(x).softmax(-1)
-
     def log_marginal(self, x: Tensor, *args: Any) -> Likelihood:
         r"""Return the exact $\log m(x) = \log \sum_k w_k N(x; \mu_k, \Sigma_k)$ in nats.
 
@@ -170,24 +98,7 @@ class GMM(MetaModel):
         Returns:
             Exact log densities, with gradients where they are enabled.  # (N,)
         """
-        self.components.check(x)
-        rows = torch.split(x, chunk_rows(x, len(self.components.locs)))
-        return Likelihood(
-            torch.cat([self.components.joint(r).logsumexp(-1) for r in rows]), "exact"
-        )
-
-    def log_prior(self, h: Tensor, *args: Any, template: Tensor | None = None) -> Likelihood:
-        r"""Return $\log w_c$ of given components, exactly.
-
-        Args:
-            h: components.  # (N,)
-            *args: not read.
-            template: not read.
-
-        Returns:
-            Log probabilities in nats.  # (N,)
-        """
-        return Likelihood(self.components.logits.log_softmax(-1)[h.long()].detach(), "exact")
+        return self._summed_out(x, chunk_rows(x, len(self.components.locs)))
 
     def multiplied(
         self, parts: Sequence[MetaModel], powers: Sequence[float]
@@ -242,20 +153,17 @@ class GMM(MetaModel):
         found.assign(masses.log_softmax(-1), one - zero)
         return found
 
-    def objective(self) -> Callable[..., Tensor]:
-        """Return the loss with the component summed out, which is minus the exact likelihood."""
-        return self._loss
-
     def _loss(
         self,
         model: Callable[..., Any],
         guide: Callable[..., Any],
         x: Tensor,
+        *args: object,
         weights: Tensor | None = None,
     ) -> Tensor:
         if weights is None:
-            return enumerated_loss(model, guide, x)
-        return -(weights.to(x) * self.components.joint(x).logsumexp(-1)).sum()
+            return enumerated_loss(model, guide, x, *args)
+        return super()._loss(model, guide, x, *args, weights=weights.to(x))
 
     @property
     def own_fit(self) -> Callable[..., EMResult]:
@@ -301,8 +209,7 @@ class GMM(MetaModel):
             TypeError: the data are not one tensor of floats.
             ValueError: an option is out of its range, or the data are too few or not finite.
         """
-        begin = time.perf_counter()
-        self._check_data(data, validation)
+        check_rows(data, validation, self.components.check, len(self.components.locs))
         check_options(
             "GMM.fit_em",
             start=start,
@@ -312,49 +219,17 @@ class GMM(MetaModel):
             tolerance=tolerance,
             variance_floor=variance_floor,
         )
-        options: dict[str, Any] = {"variance_floor": variance_floor, "generator": generator}
-        fits = []
-        for _ in range(restarts or (1 if start == "current" else 4)):
-            first = self._start(data, start, start_weight, **options)
-            found = fit(data, first, max_iterations=max_iterations, tolerance=tolerance, **options)
-            fits.append((first, found))
-        first, best = max(fits, key=lambda pair: pair[1].history[-1])
-        held_out, kept = None, False
-        if validation is not None:
-            normal = prior_start(_empty_like(first), 0.0)
-            scores = [mean_log_density(validation, m) for m in (best.mixture, first, normal)]
-            held_out = HeldOut(*scores)
-            kept = held_out.fit < held_out.start
-        self.mixture = first if kept else best.mixture
-        return EMResult(
-            history=best.history,
-            converged=best.converged,
-            restarts=[found.history[-1] for _, found in fits],
-            kept_start=kept,
-            held_out=held_out,
-            reseeded=best.reseeded,
-            seconds=time.perf_counter() - begin,
+        self.mixture, result = best_of(
+            data,
+            validation,
+            self.mixture,
+            self.covariance,
+            start=start,
+            start_weight=start_weight,
+            restarts=restarts or (1 if start == "current" else 4),
+            max_iterations=max_iterations,
+            tolerance=tolerance,
+            variance_floor=variance_floor,
+            generator=generator,
         )
-
-    def _start(self, data: Tensor, start: Start, weight: float, **options: Any) -> Mixture:
-        """One start of EM, in float64."""
-        if start == "current":
-            return self.mixture.to(data.new_zeros((), dtype=torch.float64))
-        k = len(self.components.locs)
-        if start == "kmeans":
-            return kmeans_start(data, k, covariance=self.covariance, **options)
-        around = kmeans_start(data, max(1, k - 1), covariance=self.covariance, **options)
-        return prior_start(around, weight) if k > 1 else prior_start(_empty_like(around), 0.0)
-
-    def _check_data(self, data: Tensor, validation: Tensor | None) -> None:
-        """Refuse data that cannot be used, each in one sentence."""
-        check_data(data, len(self.components.locs), "GMM.fit_em")
-        self.components.check(data)
-        if validation is not None:
-            check_data(validation, 0, "GMM.fit_em (validation)")
-            self.components.check(validation)
-
-
-def _empty_like(mixture: Mixture) -> Mixture:
-    """Return a mixture of no components."""
-    return Mixture(*(part[:0] for part in mixture))
+        return result

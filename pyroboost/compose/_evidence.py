@@ -13,7 +13,7 @@ from torch import Tensor
 from pyroboost.handlers import is_plate
 from pyroboost.likelihood import Likelihood, weakest
 from pyroboost.metamodel import MetaModel
-from pyroboost.traces import datum_log_prob
+from pyroboost.traces import data_plates, datum_log_prob
 
 __all__ = ["Evidence", "evidence", "log_sum"]
 
@@ -24,10 +24,12 @@ class Evidence(NamedTuple):
     Args:
         log_weight: $\log r$ with $E[r] = m(x)$, with its pathwise gradient.  # (N,)
         score: the score of draws without a pathwise gradient, of value 0.  # (N,)
+        scale: the factor of plates that take a subsample, in neither of them.
     """
 
     log_weight: Tensor
     score: Tensor
+    scale: Tensor | float = 1.0
 
 
 def evidence(part: MetaModel, x: Tensor, args: Sequence[Any]) -> Evidence:
@@ -48,14 +50,15 @@ def evidence(part: MetaModel, x: Tensor, args: Sequence[Any]) -> Evidence:
     draws = [_one(part, x, args) for _ in range(part.num_particles)]
     weights = torch.stack([one.log_weight for one in draws])
     score = torch.stack([one.score for one in draws]).sum(0)
-    return Evidence(weights.logsumexp(0) - math.log(len(draws)), score)
+    return Evidence(weights.logsumexp(0) - math.log(len(draws)), score, draws[0].scale)
 
 
 def _one(part: MetaModel, x: Tensor, args: Sequence[Any]) -> Evidence:
     guide = poutine.trace(part.guide).get_trace(x, *args)
     program = part.marginal or part.model
     model = poutine.trace(poutine.replay(program, trace=guide)).get_trace(x, *args)
-    count = len(model.nodes[part.visible]["value"])
+    count, scale = len(model.nodes[part.visible]["value"]), model.nodes[part.visible]["scale"]
+    plates = data_plates(guide.nodes[part.hidden], count)
     model.compute_score_parts()
     guide.compute_score_parts()
     total: Any = 0.0
@@ -64,17 +67,17 @@ def _one(part: MetaModel, x: Tensor, args: Sequence[Any]) -> Evidence:
         if not _random(site):
             continue
         if site["is_observed"] or name in guide.nodes:
-            total = total + datum_log_prob(site, count)
+            total = total + datum_log_prob(site, count, plates)
         else:  # drawn from its prior
-            score = score + _score(site, count)
+            score = score + _score(site, count, plates)
     for name, site in guide.nodes.items():
         summed_out = name not in model.nodes and part.marginal is not None
         if _random(site) and not summed_out:
-            total = total - datum_log_prob(site, count)
-            score = score + _score(site, count)
+            total = total - datum_log_prob(site, count, plates)
+            score = score + _score(site, count, plates)
     if isinstance(score, Tensor):
-        return Evidence(total, score - score.detach())
-    return Evidence(total, torch.zeros_like(total))
+        return Evidence(total, score - score.detach(), scale)
+    return Evidence(total, torch.zeros_like(total), scale)
 
 
 def _random(site: dict[str, Any]) -> bool:
@@ -83,11 +86,11 @@ def _random(site: dict[str, Any]) -> bool:
     )
 
 
-def _score(site: dict[str, Any], count: int) -> Tensor | float:
+def _score(site: dict[str, Any], count: int, plates: frozenset[str]) -> Tensor | float:
     found = site["score_parts"].score_function
     if site["is_observed"] or not isinstance(found, Tensor):
         return 0.0
-    return datum_log_prob({**site, "unscaled_log_prob": found}, count)
+    return datum_log_prob({**site, "unscaled_log_prob": found}, count, plates)
 
 
 def log_sum(log_weights: Tensor, terms: Sequence[Likelihood]) -> Likelihood:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pyroboost.compose._laws import Chosen, Component, Union, pick, stacked
 from pyroboost.compose._members import check_apart, look, names_of
+from pyroboost.compose._refusals import explained
 from pyroboost.compose._runs import Draws, Inside, Scored, reach
 from pyroboost.compose._sites import Names, Plates, Site, placed
 from pyroboost.handlers import capture
@@ -29,14 +30,21 @@ Hidden = Literal["shared", "component"]
 
 
 class Proportions(nn.Module):
-    """The weights of a mixture: logits that can be trained, and which parts count at all."""
+    """The weights of a mixture: logits that can be trained, and which parts count at all.
+
+    Args:
+        num_parts: the number of parts K.
+        like: a tensor whose device they are on, and whose dtype they have if it is a float.
+    """
 
     active: Tensor
 
-    def __init__(self, num_parts: int) -> None:
+    def __init__(self, num_parts: int, like: Tensor | None = None) -> None:
         super().__init__()
-        self.logits = nn.Parameter(torch.zeros(num_parts))
-        self.register_buffer("active", torch.ones(num_parts, dtype=torch.bool))
+        device = None if like is None else like.device
+        dtype = like.dtype if like is not None and like.is_floating_point() else None
+        self.logits = nn.Parameter(torch.zeros(num_parts, dtype=dtype, device=device))
+        self.register_buffer("active", torch.ones(num_parts, dtype=torch.bool, device=device))
 
     def forward(self) -> Tensor:
         """Return the log weights, (K,); minus infinity for a part whose weight is exactly 0."""
@@ -101,7 +109,8 @@ class Mixing(nn.Module):
     def names(self, x: Tensor, args: Sequence[Any]) -> list[Names]:
         """Return the names of all parts' sites and plates; the first call checks the parts."""
         if self._names is None:
-            members = [look(i, part, x, args) for i, part in enumerate(self)]
+            with explained(list(self), x):
+                members = [look(i, part, x, args) for i, part in enumerate(self)]
             check_apart(list(self))  # free params are known by now
             self._names = names_of(members, self.kind)
             for part in self:
@@ -272,9 +281,10 @@ class MixtureProgram(nn.Module):
 
     def forward(self, x: Tensor, *args: Any) -> None:
         """Run the program."""
-        if self.which == "model":
-            self.mixing.run_model(x, *args)
-        elif self.which == "marginal":
-            self.mixing.run_marginal(x, *args)
-        else:
-            self.mixing.run_guide(x, *args, recognition=self.which == "recognition")
+        with explained(list(self.mixing), x):
+            if self.which == "model":
+                self.mixing.run_model(x, *args)
+            elif self.which == "marginal":
+                self.mixing.run_marginal(x, *args)
+            else:
+                self.mixing.run_guide(x, *args, recognition=self.which == "recognition")

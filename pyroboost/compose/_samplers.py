@@ -7,22 +7,22 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from pyroboost.compose._proposals import Proposal, check_proposal, propose
 from pyroboost.compose.densities import draw_rows
 from pyroboost.compose.energy import Ratio
-from pyroboost.compose.partition import Proposal, check_proposal, propose
 from pyroboost.contexts import evaluating, local_params
 from pyroboost.sampling.chains import Chains
 from pyroboost.sampling.metropolis import flip_gibbs, independence_metropolis
 
 if TYPE_CHECKING:
-    from pyroboost.compose.product import Product
+    from pyroboost.compose._factors import Factors
 
 __all__ = ["ChainMethod", "by_gibbs", "by_hmc", "by_metropolis", "differentiable"]
 
 ChainMethod = Literal["metropolis", "gibbs", "hmc", "nuts"]
 
 
-def pseudo_marginal(product: Product, proposal: Proposal | None) -> tuple[bool, str]:
+def pseudo_marginal(product: Factors, proposal: Proposal | None) -> tuple[bool, str]:
     """Tell whether chains leave the product itself invariant, and why."""
     estimated, powers = product.estimated, product.powers.tolist()
     if not estimated:
@@ -37,7 +37,7 @@ def pseudo_marginal(product: Product, proposal: Proposal | None) -> tuple[bool, 
     return True, "pseudo-marginal: unbiased densities, of which the old estimate is kept"
 
 
-def default_proposal(product: Product) -> Proposal:
+def default_proposal(product: Factors) -> Proposal:
     """Return the mixture where all densities are exact, else a part that keeps the chain exact."""
     if not product.estimated:
         return "mixture"
@@ -47,7 +47,7 @@ def default_proposal(product: Product) -> Proposal:
 
 @torch.no_grad()
 def by_metropolis(
-    product: Product,
+    product: Factors,
     num_chains: int,
     num_draws: int,
     *,
@@ -83,7 +83,7 @@ def by_metropolis(
 
 @torch.no_grad()
 def by_gibbs(
-    product: Product,
+    product: Factors,
     num_chains: int,
     num_draws: int,
     *,
@@ -125,14 +125,14 @@ def by_gibbs(
     )
 
 
-def _starts(product: Product, count: int) -> Tensor:
+def _starts(product: Factors, count: int) -> Tensor:
     """Draw where chains start: from the parts in turn."""
     places = product.samplers
     sizes = [len(range(i, count, len(places))) for i in range(len(places))]
     return torch.cat([draw_rows(product[p], n) for p, n in zip(places, sizes, strict=True) if n])
 
 
-def differentiable(product: Product, x: Tensor) -> Tensor:
+def differentiable(product: Factors, x: Tensor) -> Tensor:
     """Return the product's log density with its gradient in x.
 
     Raises:
@@ -155,7 +155,7 @@ def differentiable(product: Product, x: Tensor) -> Tensor:
 
 
 def by_hmc(
-    product: Product, num_chains: int, num_draws: int, *, warmup: int, thin: int, nuts: bool
+    product: Factors, num_chains: int, num_draws: int, *, warmup: int, thin: int, nuts: bool
 ) -> Chains:
     """Run Pyro's HMC or NUTS on all chains as one state: one trajectory moves them all.
 

@@ -58,7 +58,11 @@ class Stored(Energy):
                 "so there is no likelihood; call .log_partition() or .refresh() first."
             )
         value, error, ess, k, draws, method, doubted, biased = self.stored.tolist()
-        doubt = doubt_of(k, int(draws)) or "log Z not to be trusted: its chains have not mixed"
+        doubt = doubt_of(k, int(draws))
+        if doubt is None:
+            known = math.isfinite(error)
+            why = "its chains have not mixed" if known else "that of a proposing part is in doubt"
+            doubt = f"log Z not to be trusted: {why}"
         return Partition(
             value,
             error,

@@ -13,10 +13,12 @@ from pyroboost.compose._additive import Growth
 from pyroboost.compose._evidence import Evidence, evidence, log_sum
 from pyroboost.compose._members import can_share, check_parts, label
 from pyroboost.compose._mixing import COMPONENT, Hidden, Mixing, MixtureProgram, Proportions
+from pyroboost.compose._refusals import checked_components, checked_weights, explained
+from pyroboost.compose._sites import Plates
 from pyroboost.compose.cascade import Cascade
 from pyroboost.likelihood import Kind, Likelihood, weakest
 from pyroboost.metamodel import MetaModel
-from pyroboost.program import Program
+from pyroboost.program import Program, first_tensor
 
 __all__ = ["Mixture"]
 
@@ -95,7 +97,8 @@ class Mixture(MetaModel):
             raise ValueError(f"Mixture: hidden is {hidden!r}; pass 'shared' or 'component'.")
         kind: Hidden = hidden or ("shared" if can_share(parts) else "component")
         self.parts = nn.ModuleList(parts)
-        self.proportions = Program(Proportions(len(parts)), "weights")
+        proportions = Proportions(len(parts), like=first_tensor(self.parts))
+        self.proportions = Program(proportions, "weights")
         mixing = Mixing(parts, kind, self.proportions)
         # The programs hold the parts too; only these are registered, so that names stay short.
         for name, program in {
@@ -113,7 +116,7 @@ class Mixture(MetaModel):
             )
         self.hidden_shape = parts[0].hidden_shape if kind == "shared" else ()
         if weights is not None:
-            self.weights = torch.as_tensor(weights)
+            proportions.assign(checked_weights(weights, len(parts)))
 
     # Parts and weights
 
@@ -156,14 +159,7 @@ class Mixture(MetaModel):
 
     @weights.setter
     def weights(self, value: Tensor | Sequence[float]) -> None:
-        given = torch.as_tensor(value).detach().double()
-        total = float(given.sum()) if given.numel() else 0.0
-        if given.shape != (len(self),) or not abs(total - 1.0) < 1e-4 or bool((given < 0).any()):
-            raise ValueError(
-                f"Mixture: weights of shape {tuple(given.shape)} and sum {total:g} came for "
-                f"{len(self)} parts; give one weight each, none below 0, summing to 1."
-            )
-        cast(Proportions, self.proportions.fn).assign(given)
+        cast(Proportions, self.proportions.fn).assign(checked_weights(value, len(self)))
 
     @property
     def visible_shape(self) -> tuple[int, ...] | None:
@@ -201,7 +197,9 @@ class Mixture(MetaModel):
             x: data.  # (N, ...)
             *args: further arguments of the parts.
         """
-        known = [part.log_marginal(x, *args) for part in self._active()]
+        active = self._active()
+        with explained(active, x):
+            known = [part.log_marginal(x, *args) for part in active]
         found = [one for one in known if one is not None]
         if len(found) < len(known):
             return None
@@ -217,9 +215,12 @@ class Mixture(MetaModel):
 
         Returns:
             Log densities of the weakest kind among the parts'.  # (N,)
+
+        Raises:
+            ValueError: the hidden site is the component, and a value is the number of none.
         """
         if self._mixing.kind == "component":
-            return Likelihood(self.log_weights.detach()[h.long()], "exact")
+            return Likelihood(self.log_weights.detach()[checked_components(h, len(self))], "exact")
         known = [part.log_prior(h, *args, template=template) for part in self._active()]
         return log_sum(self._active_log_weights(), known)
 
@@ -253,18 +254,20 @@ class Mixture(MetaModel):
         """
         found: dict[str, Tensor] = {n: p for n, p in self.named_parameters() if p.requires_grad}
         known = {id(p) for p in found.values()}
-        for part in self:
-            for name, tensor in part.named_trainable(*batch).items():
-                if id(tensor) not in known:  # the others are modules' own and have their names
-                    known.add(id(tensor))
-                    found[name] = tensor
+        with explained(list(self), batch[0]):
+            reached = [part.named_trainable(*batch) for part in self]
+        for name, tensor in (item for one in reached for item in one.items()):
+            if id(tensor) not in known:  # the others are modules' own and have their names
+                known.add(id(tensor))
+                found[name] = tensor
         return found
 
     def objective(self) -> Callable[..., Tensor]:
         r"""Return the loss $-\sum_n \log \sum_i w_i r_i(x_n)$, the component summed out.
 
         Parts with a marginal program enter with their density; parts that see their data through
-        several importance samples, with the mean of that many weights.
+        several importance samples, with the mean of that many weights. Where plates take a
+        subsample, the sum is over its rows, times the plates' scale.
         """
         return self._loss
 
@@ -273,7 +276,12 @@ class Mixture(MetaModel):
     ) -> Tensor:
         found = self.draw_evidence(x, *args)
         surrogate = found.log_weight + found.score * found.log_weight.detach()
-        return -(surrogate if weights is None else weights * surrogate).sum()
+        if weights is not None and weights.shape != surrogate.shape:
+            raise ValueError(
+                f"Mixture: weights of shape {tuple(weights.shape)} came for data of which the "
+                f"parts' plates take {len(surrogate)}; weigh data without a subsample in the plate."
+            )
+        return -((surrogate if weights is None else weights * surrogate) * found.scale).sum()
 
     def draw_evidence(self, x: Tensor, *args: Any) -> Evidence:
         r"""Draw from all parts and return $\log \sum_i w_i r_i$ per datum, with its score.
@@ -283,12 +291,16 @@ class Mixture(MetaModel):
             *args: further arguments of the parts.
 
         Returns:
-            Log weights with gradients, and the scores of what was drawn without them.
+            Log weights with gradients, the scores of what was drawn without them, and the scale.
         """
-        parts = [evidence(part, x, args) for part in self]
+        parts, rows = [], dict[str, Any]()
+        with explained(list(self), x):
+            for part, names in zip(self, self._mixing.names(x, args), strict=True):
+                with Plates(names, rows):  # all parts see the rows that the first has drawn
+                    parts.append(evidence(part, x, args))
         terms = torch.stack([part.log_weight for part in parts], -1) + self.proportions()
         score = torch.stack([part.score for part in parts], -1).sum(-1)
-        return Evidence(terms.logsumexp(-1), score)
+        return Evidence(terms.logsumexp(-1), score, parts[0].scale)
 
     def rounds(self, data: Any, validation: Any = None, **options: Any) -> Growth:
         r"""Yield one round per part, trained on data weighted by $1 / q$ of the mixture so far.

@@ -3,30 +3,46 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from pyroboost.compose._proposals import (
+    Proposal,
+    Proposals,
+    check_proposal,
+    propose,
+    search_table,
+    state_table,
+)
 from pyroboost.compose.densities import draw_rows, units
-from pyroboost.sampling import binary_states, log_mean_exp
+from pyroboost.sampling import log_mean_exp
 from pyroboost.sampling.bridge import bridge_log_ratio
-from pyroboost.sampling.enumeration import MAX_UNITS
 from pyroboost.sampling.metropolis import flip_gibbs, random_walk
 from pyroboost.sampling.paths import Terms, Transition, annealed_path
 from pyroboost.sampling.psis import good_k, pareto_k
 
 if TYPE_CHECKING:
-    from pyroboost.compose.product import Product
+    from pyroboost.compose._factors import Factors
+    from pyroboost.compose._sampled import Sampled
 
-__all__ = ["METHODS", "Method", "Partition", "Proposal", "Proposals", "estimate", "propose"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "Partition",
+    "Proposal",
+    "Proposals",
+    "estimate",
+    "propose",
+    "search_table",
+]
 
 Method = Literal["closed form", "exact", "importance", "bridge", "ais"]
 METHODS: tuple[Method, ...] = ("closed form", "exact", "importance", "bridge", "ais")
-Proposal = int | Literal["mixture"]
 
 _PARETO_DRAWS = 25
 _R_HAT = 1.05
@@ -82,100 +98,8 @@ class Partition:
         return f"log Z = {self.value:.3f} {error} ({', '.join(words)})"
 
 
-class Proposals(NamedTuple):
-    """Draws and what they weigh.
-
-    Args:
-        x: draws.  # (n, ...)
-        log_weights: log of the product's density over the proposal's, up to log Z.  # (n,)
-        table: log densities of the parts; a row of NaN where it cancels.  # (P, n)
-        log_proposal: log density of the proposal; NaN where it cancels.  # (n,)
-    """
-
-    x: Tensor
-    log_weights: Tensor
-    table: Tensor
-    log_proposal: Tensor
-
-
-def check_proposal(product: Product, proposal: Proposal) -> list[int]:
-    """Return the parts that propose, or say what is wrong with them."""
-    if proposal == "mixture":
-        return product.samplers
-    if not isinstance(proposal, int) or proposal not in product.samplers:
-        raise ValueError(
-            f"Product: the proposal is {proposal!r}; give 'mixture' or the place of a part that "
-            f"can be sampled, one of {product.samplers}."
-        )
-    return [proposal]
-
-
-@torch.no_grad()
-def propose(
-    product: Product,
-    count: int,
-    proposal: Proposal = "mixture",
-    *,
-    num_samples: int | None = None,
-    memory: float = 256.0,
-    shares: Sequence[float] | None = None,
-    independent: bool = False,
-) -> Proposals:
-    r"""Draw from one part, or from the mixture of all, and weigh the draws.
-
-    From part i, whose density cancels where its power is 1,
-    $\log w = \sum_j a_j \log m_j(x) - \log m_i(x)$; from the mixture the denominator is
-    $\log \sum_i s_i m_i(x)$ (balance heuristic), with which no weight exceeds what the best of
-    the parts would give it.
-
-    Args:
-        product: the product.
-        count: draws n.
-        proposal: the place of a part, or ``"mixture"``.
-        num_samples: importance samples per draw for parts that do not know their density.
-        memory: bound on their working memory, in MiB.
-        shares: shares of the mixture, equal when left out.  # one per part that can be sampled
-        independent: draw the part of each draw of the mixture too, and leave them in that order;
-            else the numbers are as the shares say, which has less variance.
-    """
-    places = check_proposal(product, proposal)
-    share = torch.ones(len(places)) if shares is None else torch.as_tensor(shares).float()
-    if share.shape != (len(places),) or not bool((share > 0).all()):
-        raise ValueError(
-            f"Product: shares are {shares}; give one positive number for each of the "
-            f"{len(places)} parts that propose."
-        )
-    share = (share / share.sum()).double()
-    counts = _counts(share, count, independent)
-    share = share if independent else counts.double() / count
-    drawn = [draw_rows(product[i], int(n)) for i, n in zip(places, counts, strict=True) if n]
-    x = torch.cat(drawn)
-    if independent and len(places) > 1:
-        x = x[torch.randperm(len(x), device=x.device)]
-    cancels = proposal if proposal != "mixture" and float(product.powers[proposal]) == 1.0 else None
-    skip = () if cancels is None else (cancels,)
-    table = product.table(x, num_samples=num_samples, memory=memory, skip=skip)
-    powers = product.powers.to(table)
-    kept = [j for j in range(len(table)) if j not in skip]
-    log_weights = powers[kept] @ table[kept] if kept else torch.zeros_like(table[0])
-    used = [(i, s) for i, s in zip(places, share.tolist(), strict=True) if s > 0]
-    log_proposal = torch.stack([table[i] + math.log(s) for i, s in used]).logsumexp(0)
-    if cancels is None:
-        log_weights = log_weights - log_proposal
-    return Proposals(x, log_weights, table, log_proposal)
-
-
-def _counts(share: Tensor, count: int, independent: bool) -> Tensor:
-    if independent:
-        return torch.bincount(
-            torch.multinomial(share, count, replacement=True), minlength=len(share)
-        )
-    edges = (share.cumsum(0) * count).round().long()
-    return edges.diff(prepend=edges.new_zeros(1))
-
-
 def estimate(
-    product: Product,
+    product: Sampled,
     method: Method,
     *,
     proposal: Proposal | None = None,
@@ -190,28 +114,56 @@ def estimate(
     """Estimate log Z by one method; see :meth:`Product.log_partition`."""
     if method == "exact":
         return enumerated(product)
+    if num_draws is not None and num_draws < 1:
+        raise ValueError(
+            f"Product.log_partition: num_draws is {num_draws}; ask for at least one draw."
+        )
     draws = num_draws or (2_000 if product.estimated else 10_000)
     options: dict[str, Any] = {"num_samples": num_samples, "memory": memory}
     if method == "importance":
         found = propose(product, draws, _or(proposal, "mixture"), shares=shares, **options)
         bias = _bias(product, _or(proposal, "mixture"))
-        return from_weights(found.log_weights, "importance", bias)
+        result = from_weights(found.log_weights, "importance", bias)
+        return with_constants(result, product, found.responsibilities())
     if method == "bridge":
-        return _bridge(product, _or(proposal, product.samplers[0]), draws, options)
+        part = _or(proposal, product.samplers[0])
+        return with_constants(_bridge(product, part, draws, options), product, {part: 1.0})
     if method == "ais":
         part = _or(proposal, product.samplers[0])
         schedule = inverse_temperatures
         if schedule is None:
             schedule = torch.linspace(0.0, 1.0, num_temperatures, dtype=torch.float64)
-        return _annealed(product, part, num_draws or 500, schedule, steps, options)
+        result = _annealed(product, part, num_draws or 500, schedule, steps, options)
+        return with_constants(result, product, {part: 1.0})
     raise ValueError(f"Product.log_partition: method is {method!r}; use one of {METHODS}.")
+
+
+def with_constants(found: Partition, product: Factors, shares: Mapping[Any, float]) -> Partition:
+    r"""Add what the proposing parts do not know of their own log Z.
+
+    A part whose density is off by a factor c draws from its true law all the same, so that weights
+    with it in the denominator have the mean $Z / c$; in the numerator c cancels.
+
+    Args:
+        found: an estimate as if the parts' constants were known.
+        product: the product.
+        shares: for each proposing part, its share of the denominator under the product.
+    """
+    errors = [share * product[part].normalisation()[1] for part, share in shares.items()]
+    total = math.hypot(*errors)
+    if total == 0.0:
+        return found
+    doubt = found.doubt
+    if doubt is None and not math.isfinite(total):
+        doubt = "log Z not to be trusted: that of a proposing part is in doubt"
+    return replace(found, std_error=math.hypot(found.std_error, total), doubt=doubt)
 
 
 def _or(proposal: Proposal | None, default: Proposal) -> Proposal:
     return default if proposal is None else proposal
 
 
-def _bias(product: Product, proposal: Proposal) -> str | None:
+def _bias(product: Factors, proposal: Proposal) -> str | None:
     """Say where estimated densities make even the mean of the weights another number than Z."""
     estimated = product.estimated
     if not estimated:
@@ -255,55 +207,12 @@ def doubt_of(k: float, count: int) -> str | None:
     return None
 
 
-@torch.no_grad()
-def state_table(product: Product) -> tuple[Tensor, Tensor]:
-    """Return all states of a small product of bits and their log densities, up to log Z."""
-    size = units(product.visible_shape)
-    if product.support != "bits" or size > MAX_UNITS or product.estimated:
-        raise ValueError(
-            f"Product: exact sums need bits, at most {MAX_UNITS} of them, and parts that know "
-            f"their densities; these are {product.support}, {size} of them, and parts "
-            f"{product.estimated or 'none'} are estimated; use 'importance', 'bridge' or 'ais'."
-        )
-    like = product.template(0)
-    blocks = []
-    for start in range(0, 2**size, 2**14):
-        states = binary_states(size, start=start, stop=min(start + 2**14, 2**size)).to(like)
-        states = states.reshape(-1, *(product.visible_shape or ()))
-        table = product.table(states)
-        blocks.append((states, product.powers.to(table) @ table))
-    return torch.cat([s for s, _ in blocks]), torch.cat([d for _, d in blocks])
-
-
-def search_table(product: Product, count: int, **options: Any) -> tuple[Tensor, Tensor, bool]:
-    r"""Return what log Z of any powers of these parts can be had from: one set of draws.
-
-    $\log Z(a) = \log \frac1n \sum_s \exp(\sum_i a_i \log m_i(x_s) - \log g(x_s))$
-
-    Args:
-        product: the parts.
-        count: number of draws, where the sum is not exact.
-        **options: of :func:`propose`.
-
-    Returns:
-        Log densities of the parts, (P, n), and of the proposal, (n,), and whether the draws are
-        all states, each once, so that log Z is exact.
-    """
-    small = product.support == "bits" and units(product.visible_shape) <= MAX_UNITS
-    if small and not product.estimated:
-        states, _ = state_table(product)
-        table = product.table(states)
-        return table, torch.full_like(table[0], -math.log(len(states))), True
-    found = propose(product, count, "mixture", **options)
-    return found.table, found.log_proposal, False
-
-
-def enumerated(product: Product) -> Partition:
+def enumerated(product: Factors) -> Partition:
     """Sum over all states."""
     return Partition(float(state_table(product)[1].logsumexp(0)), 0.0, "exact")
 
 
-def _bridge(product: Product, part: Proposal, draws: int, options: dict[str, Any]) -> Partition:
+def _bridge(product: Sampled, part: Proposal, draws: int, options: dict[str, Any]) -> Partition:
     places = check_proposal(product, part)
     if part == "mixture":
         raise ValueError(
@@ -339,7 +248,7 @@ def _bridge(product: Product, part: Proposal, draws: int, options: dict[str, Any
 
 
 def _annealed(
-    product: Product,
+    product: Factors,
     part: Proposal,
     chains: int,
     schedule: Tensor,

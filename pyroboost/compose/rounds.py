@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from pyroboost.compose._line_search import tempered
+from pyroboost.compose.densities import log_density_of
 from pyroboost.compose.energy import Ratio
 from pyroboost.metamodel import MetaModel, Round
 from pyroboost.sampling import effective_sample_size
@@ -16,7 +18,7 @@ from pyroboost.sampling import effective_sample_size
 if TYPE_CHECKING:
     from pyroboost.compose.product import Product
 
-__all__ = ["check_tensors", "contrast", "data_weights", "ess_of", "reweighted"]
+__all__ = ["check_tensors", "contrast", "data_weights", "ess_of", "in_turn", "reweighted"]
 
 
 def check_tensors(*data: object) -> None:
@@ -126,3 +128,37 @@ def contrast(
 def ess_of(weights: Tensor | None) -> float:
     """Return the effective sample size of data weights; NaN where there are none."""
     return math.nan if weights is None else float(effective_sample_size(weights.log()))
+
+
+def in_turn(
+    product: Product, data: Any, validation: Any, *, beta: float, least: float
+) -> Iterator[Round]:
+    """Yield one round per part; see :meth:`Product.rounds`."""
+    total: list[Tensor | float] = [0.0, 0.0]
+    for index, part in enumerate(product):
+        name = f"{index}.{type(part).__name__}"
+        if index == 0:
+            yield Round(part, data, validation, name)
+        else:
+            check_tensors(data, validation)
+            before = product[:index]
+            if isinstance(part, Ratio):
+                yield contrast(before, part, name, data, validation)
+            else:
+                log_density, held_out = (cast(Tensor, t) for t in total)
+                yield reweighted(
+                    part,
+                    name,
+                    data,
+                    validation,
+                    log_density=log_density,
+                    validation_log_density=held_out,
+                    beta=beta,
+                    least=least,
+                )[0]
+        if index + 1 < len(product) and isinstance(data, Tensor):
+            part.refresh()
+            for place, rows in enumerate((data, validation)):
+                if rows is not None:
+                    found = log_density_of(part, rows, num_samples=product.num_samples)
+                    total[place] = total[place] + product.powers[index] * found.value.double()

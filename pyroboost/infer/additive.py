@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyroboost.compose import Mixture
 from pyroboost.compose._additive import Step
+from pyroboost.infer.errors import check_composition, check_unweighted
 from pyroboost.infer.greedy import train_round
 
 __all__ = ["Added", "Addition", "additive"]
@@ -117,7 +118,7 @@ def additive(
         The mixture of the parts that were kept, and a report per round.
 
     Raises:
-        TypeError: the data are no tensors.
+        TypeError: the data are no tensors, or come with weights, or ``mixture`` is none.
         ValueError: an option is out of its range, or the first part gives a datum no density.
 
     Example:
@@ -131,7 +132,9 @@ def additive(
     Reference:
         Rosset and Segal, Boosting density estimation (2002), section 2.
     """
+    check_composition("additive", mixture, Mixture)
     options = dict(parts or {})
+    check_unweighted("additive", settings, *options.values())
     if not set(options) <= set(range(len(mixture))):
         raise ValueError(
             f"additive: parts={sorted(options)} names a part that the mixture of {len(mixture)} "

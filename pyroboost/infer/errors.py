@@ -1,4 +1,4 @@
-"""What a fit raises, and the search for the site that spoilt a loss."""
+"""What fits and boosters raise, and the search for the site that spoilt a loss."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from pyroboost.contexts import local_params
 from pyroboost.handlers import is_plate
 from pyroboost.metamodel import MetaModel
 
-__all__ = ["CheckpointError", "FitError", "NonFiniteLoss", "find_non_finite"]
+__all__ = [
+    "CheckpointError",
+    "FitError",
+    "NonFiniteLoss",
+    "check_composition",
+    "check_unweighted",
+    "find_non_finite",
+]
 
 
 class FitError(RuntimeError):
@@ -41,6 +48,37 @@ class NonFiniteLoss(FitError):
     ) -> None:
         super().__init__(message)
         self.epoch, self.batch, self.site, self.held_out = epoch, batch, site, held_out
+
+
+def check_composition(booster: str, composition: object, kind: type[MetaModel]) -> None:
+    """Refuse to boost what is no composition of the booster's kind.
+
+    Args:
+        booster: the function's name.
+        composition: what came.
+        kind: what the function grows.
+    """
+    if not isinstance(composition, kind):
+        what = "the meta-models" if not isinstance(composition, MetaModel) else "it"
+        raise TypeError(
+            f"{booster}: got {type(composition).__name__}, not a {kind.__name__}; wrap {what} in "
+            f"{kind.__name__}(...)."
+        )
+
+
+def check_unweighted(booster: str, *settings: Mapping[str, Any]) -> None:
+    """Refuse weights of data among the settings of a booster whose rounds make their own.
+
+    Args:
+        booster: the function's name.
+        *settings: settings of all rounds, and of single ones.
+    """
+    for name in ("weights", "validation_weights"):
+        if any(name in one for one in settings):
+            raise TypeError(
+                f"{booster}: got {name}=, and its rounds make their own weights of data; leave it "
+                "out and pass data drawn in proportion to them."
+            )
 
 
 def is_finite(tensor: Any) -> bool:

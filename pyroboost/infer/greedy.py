@@ -15,6 +15,7 @@ from pyroboost.compose import Cascade
 from pyroboost.contexts import forked_rng
 from pyroboost.infer.batches import Batches
 from pyroboost.infer.convergence import Convergence, check_convergence
+from pyroboost.infer.errors import check_composition
 from pyroboost.infer.fit import fit
 from pyroboost.infer.gains import Gain, Verdict, stage_gain
 from pyroboost.infer.weighting import redrawn, takes_weights
@@ -128,6 +129,7 @@ def greedy(
         The cascade and a report per trained stage.
 
     Raises:
+        TypeError: ``cascade`` is none.
         ValueError: ``start`` or ``stages`` names no stage.
 
     Example:
@@ -141,6 +143,7 @@ def greedy(
     Reference:
         Cascaded meta-models, Algorithm 1 and section 2.4; Eq. 7.
     """
+    check_composition("greedy", cascade, Cascade)
     options = dict(stages or {})
     if not 0 <= start < len(cascade) or not set(options) <= set(range(len(cascade))):
         raise ValueError(

@@ -3,69 +3,20 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from pyroboost.compose.densities import combined, log_density_of, normalised
 from pyroboost.compose.energy import Ratio
-from pyroboost.compose.partition import doubt_of, search_table
 from pyroboost.compose.product import Product
-from pyroboost.compose.rounds import check_tensors, contrast, ess_of, reweighted
-from pyroboost.contexts import forked_rng
-from pyroboost.infer.greedy import train_round
-from pyroboost.likelihood import Likelihood
-from pyroboost.metamodel import MetaModel, Round
-from pyroboost.sampling import log_mean_exp
-from pyroboost.sampling.psis import pareto_k
+from pyroboost.compose.rounds import check_tensors
+from pyroboost.infer._product_rounds import RoundReport, Rounds
+from pyroboost.infer.errors import check_composition, check_unweighted
 
 __all__ = ["Multiplied", "RoundReport", "multiplicative"]
-
-RoundVerdict = Literal["base", "grows", "nothing gained", "worse", "in doubt"]
-
-_PARETO_DRAWS = 25
-_GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
-
-
-@dataclass(frozen=True)
-class RoundReport:
-    """What happened in one round.
-
-    Args:
-        index: the round, from 0.
-        name: the class of its part.
-        part: the part, trained, whether or not it was taken into the product.
-        beta: exponent of the data's weights; NaN where there were none.
-        ess: effective sample size of the weights of the training data; NaN likewise.
-        power: its power; 0 where it was left out.
-        gain: what it adds to the mean log-likelihood of the data that chose the power, in nats.
-        gain_error: standard error of that, over data and draws.
-        held_out: log-likelihood of the product so far on held-out data, or on the training data
-            where there are none, with its kind and its doubts.
-        pareto_k: Pareto k of the weights for log Z; NaN where it is exact.
-        verdict: what the round brought.
-        fit: the fit, or the result of the part's own algorithm.
-        seconds: time of the round.
-    """
-
-    index: int
-    name: str
-    part: MetaModel = field(repr=False)
-    beta: float
-    ess: float
-    power: float
-    gain: float
-    gain_error: float
-    held_out: Likelihood = field(repr=False)
-    pareto_k: float
-    verdict: RoundVerdict
-    fit: Any = field(repr=False)
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -159,10 +110,11 @@ def multiplicative(
         The product of the parts that were taken, and one report per round.
 
     Raises:
-        TypeError: the data are not one tensor.
+        TypeError: the data are not one tensor, or come with weights, or ``product`` is none.
         ValueError: options that name no round, or are out of their range.
 
     Example:
+        >>> import torch
         >>> from pyroboost.models import BernoulliMixture
         >>> bits = (torch.rand(200, 4) < 0.5).float()
         >>> product = Product(BernoulliMixture(1, 4), BernoulliMixture(2, 4))
@@ -173,8 +125,10 @@ def multiplicative(
     Reference:
         Grover and Ermon, Boosted generative models (2018), Algorithms 1 and 2, Theorems 1 and 2.
     """
+    check_composition("multiplicative", product, Product)
     check_tensors(data, validation)
     options = dict(stages or {})
+    check_unweighted("multiplicative", settings, *options.values())
     count = len(product)
     if not 0 <= start < count or not set(options) <= set(range(count)):
         raise ValueError(
@@ -188,7 +142,7 @@ def multiplicative(
         )
     if not max_power > 0:
         raise ValueError(f"multiplicative: max_power is {max_power}; take a positive number.")
-    run = _Rounds(
+    run = Rounds(
         product,
         data,
         validation,
@@ -222,205 +176,3 @@ def _each(values: float | Sequence[float], count: int, name: str) -> list[float]
             f"of the {count - 1} rounds after the first."
         )
     return [math.nan, *map(float, values)]
-
-
-class _Rounds:
-    """The product so far, and the log densities that its rounds share."""
-
-    def __init__(
-        self, product: Product, data: Tensor, validation: Tensor | None, **options: Any
-    ) -> None:
-        self.product, self.data, self.validation = product, data, validation
-        self.options = options
-        self.parts: list[MetaModel] = []
-        self.powers: list[float] = []
-        self.judged: list[Likelihood] = []  # of the data that choose and judge, per part
-        self.weighed: Tensor | None = None  # log density of the training data so far
-        self.held_out: Tensor | None = None
-        self.kept: Product | None = None
-
-    @property
-    def judges(self) -> Tensor:
-        """The data that choose powers and judge."""
-        return self.data if self.validation is None else self.validation
-
-    def current(self, *more: MetaModel, powers: Sequence[float] = ()) -> Product:
-        """Return the product so far, or with further parts."""
-        if not more and self.kept is not None:
-            return self.kept
-        return Product(
-            *self.parts,
-            *more,
-            powers=[*self.powers, *powers],
-            num_samples=self.product.num_samples,
-        )
-
-    def density(self, part: MetaModel, x: Tensor, num_samples: int) -> Likelihood:
-        """Return log densities of a part."""
-        return log_density_of(part, x, num_samples=num_samples)
-
-    def take(self, part: MetaModel, power: float, judged: Likelihood | None = None) -> Product:
-        """Take a part into the product, whose log Z is then brought up to date."""
-        part.refresh()
-        few, many = self.options["weight_samples"], self.product.num_samples
-        if len(self.parts) + 1 < len(self.product):
-            seen = power * self.density(part, self.data, few).value.double()
-            self.weighed = seen if self.weighed is None else self.weighed + seen
-            if self.validation is not None:
-                rows = power * self.density(part, self.validation, few).value.double()
-                self.held_out = rows if self.held_out is None else self.held_out + rows
-        if judged is None:
-            judged = self.density(part, self.judges, many)
-        self.judged.append(judged)
-        self.kept = self.current(part, powers=[power])
-        self.parts.append(part)
-        self.powers.append(power)
-        draws = self.options["num_draws"]
-        self.kept.log_partition(**({} if draws is None else {"num_draws": draws}))
-        return self.kept
-
-    def problem(self, index: int) -> tuple[Round, float]:
-        """Return what the part of this round is to be fitted to, and its beta."""
-        part = self.product[index]
-        name = f"{index}.{type(part).__name__}"
-        if index == 0:
-            return Round(part, self.data, self.validation, name), math.nan
-        if isinstance(part, Ratio):
-            return contrast(self.current(), part, name, self.data, self.validation), math.nan
-        assert self.weighed is not None
-        return reweighted(
-            part,
-            name,
-            self.data,
-            self.validation,
-            log_density=self.weighed,
-            validation_log_density=self.held_out,
-            beta=self.options["betas"][index],
-            least=self.options["least"],
-        )
-
-    def round(
-        self, index: int, settings: dict[str, Any], checkpoints: Any, seed: int | None
-    ) -> RoundReport:
-        """Fit one part, find its power, and take it or leave it."""
-        began = time.perf_counter()
-        part = self.product[index]
-        with forked_rng(seed):
-            item, beta = self.problem(index)
-        result = train_round(index, item, settings, checkpoints, seed)
-        with forked_rng(seed):
-            part.refresh()
-            found = self.density(part, self.judges, self.product.num_samples)
-            first = float(self.product.powers[0])
-            choice = _Choice(first, 0.0, 0.0, False) if index == 0 else self.choose(index, found)
-            verdict = "base" if index == 0 else choice.verdict
-            given = self.options["alphas"] is not None
-            taken = index == 0 or verdict == "grows" or given
-            if taken:
-                self.take(part, choice.power, found)
-            product = self.current()
-            partition = product.partition
-            held_out = normalised(combined(self.judged, self.powers), partition)
-        return RoundReport(
-            index=index,
-            name=type(part).__name__,
-            part=part,
-            beta=beta,
-            ess=ess_of(item.weights),
-            power=choice.power if taken else 0.0,
-            gain=choice.gain,
-            gain_error=choice.error,
-            held_out=held_out,
-            pareto_k=partition.pareto_k,
-            verdict=verdict,
-            fit=result,
-            seconds=time.perf_counter() - began,
-        )
-
-    def choose(self, index: int, found: Likelihood) -> _Choice:
-        """Search for the power of a part on one set of draws."""
-        part = self.product[index]
-        alphas = self.options["alphas"]
-        with_part = self.current(part, powers=[1.0])
-        draws = self.options["num_draws"] or (2_000 if with_part.estimated else 10_000)
-        table, log_proposal, summed = search_table(with_part, draws)
-        powers = torch.tensor(self.powers, dtype=table.dtype, device=table.device)
-        before = powers @ table[:-1] - log_proposal
-        search = _Search(before, table[-1], found.value.to(table), summed)
-        if alphas is not None:
-            return search.at(alphas[index])
-        return search.best(self.options["max_power"])
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """A power, what it gains with which error, and whether log Z there is in doubt."""
-
-    power: float
-    gain: float
-    error: float
-    doubted: bool
-
-    @property
-    def verdict(self) -> RoundVerdict:
-        """Say what the gain means, at two standard errors."""
-        if self.doubted:
-            return "in doubt"
-        if self.gain > 2 * self.error and self.gain > 0:
-            return "grows"
-        return "nothing gained" if self.gain >= -2 * self.error else "worse"
-
-
-class _Search:
-    """The gain of a power, on one set of draws and of data.
-
-    Args:
-        before: log weights of the draws under the product so far.  # (n,)
-        new: log density of the new part at the draws.  # (n,)
-        data: the same at the data.  # (N,)
-        summed: whether the draws are all states, each once, so that log Z is exact.
-    """
-
-    def __init__(self, before: Tensor, new: Tensor, data: Tensor, summed: bool) -> None:
-        self.before, self.new, self.data, self.summed = before, new, data.double(), summed
-
-    def gain(self, alpha: float) -> float:
-        """Return by how much the mean log-likelihood exceeds that at 0."""
-        change = log_mean_exp(self.before + alpha * self.new).value
-        change = change - log_mean_exp(self.before).value
-        return float(alpha * self.data.mean() - change)
-
-    def at(self, alpha: float) -> _Choice:
-        """Return the gain at a power with its error and its doubt."""
-        if not alpha > 0:
-            raise ValueError(f"multiplicative: alphas hold {alpha}; powers are positive.")
-        # What each draw does to log Z(alpha) - log Z(0), by the delta method.
-        change = (self.before + alpha * self.new).softmax(0) - self.before.softmax(0)
-        spread = 0.0 if self.summed else float(change.std()) * math.sqrt(len(change))
-        over_data = alpha * float(self.data.std()) / math.sqrt(len(self.data))
-        # Densities that are equal but for rounding must not pass for a gain or a loss.
-        rounding = 1e-7 * max(1.0, alpha * float(self.data.abs().mean()))
-        error = math.hypot(spread, over_data, rounding)
-        return _Choice(alpha, self.gain(alpha), error, self.doubted(alpha))
-
-    def doubted(self, alpha: float) -> bool:
-        """Tell whether Pareto k at this power is too large."""
-        if self.summed:
-            return False
-        weights = self.before + alpha * self.new
-        k = float(pareto_k(weights)) if len(weights) >= _PARETO_DRAWS else math.inf
-        return doubt_of(k, len(weights)) is not None
-
-    def best(self, largest: float) -> _Choice:
-        """Return the power that gains most, brought down to where log Z can be trusted."""
-        low, high = 0.0, largest
-        for _ in range(60):
-            left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
-            low, high = (low, right) if self.gain(left) >= self.gain(right) else (left, high)
-        alpha = max(0.5 * (low + high), 1e-6)
-        alpha = largest if self.gain(largest) >= self.gain(alpha) else alpha
-        for _ in range(20):
-            if not self.doubted(alpha):
-                break
-            alpha *= 0.7
-        return self.at(alpha)

@@ -305,6 +305,11 @@ def test_what_cannot_be_boosted_is_refused_in_words():
             call()
     with pytest.raises(TypeError, match="a weight of its own"):
         additive(mixture, [x])
+    with pytest.raises(TypeError, match=r"got VAE, not a Mixture; wrap it in Mixture\(\.\.\.\)"):
+        additive(VAE(1, 1), x)
+    for options in ({"weights": torch.ones(50)}, {"parts": {1: {"weights": torch.ones(50)}}}):
+        with pytest.raises(TypeError, match=r"got weights=, and its rounds make their own"):
+            additive(mixture, x, **options)
     mixture.weights = [0.0, 1.0]
     with pytest.raises(ValueError, match="have weight 0"):
         list(Growth(mixture, x, start=1))

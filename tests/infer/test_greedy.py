@@ -273,6 +273,8 @@ def test_refusals():
         greedy(small(), bits(), epochs=1, start=3)
     with pytest.raises(ValueError, match="names a stage"):
         greedy(small(), bits(), epochs=1, stages={5: {}})
+    with pytest.raises(TypeError, match=r"got VAE, not a Cascade; wrap it in Cascade\(\.\.\.\)"):
+        greedy(VAE(4, 2, units=3), bits())
     with pytest.raises(ValueError, match="pass at least 20"):
         check_convergence(Line(1.0).pair("exact"), torch.zeros(5, 1))
 

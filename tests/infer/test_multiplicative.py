@@ -310,3 +310,14 @@ def test_data_without_rows_to_weigh_are_refused():
         list(product.rounds((bits(50),)))
     with pytest.raises(ValueError, match="first part is a ratio"):
         multiplicative(Product(Ratio(nn.Linear(4, 1)), make_mixture()), bits(50))
+
+
+def test_other_compositions_and_weights_of_data_are_refused():
+    product = Product(BernoulliMixture(1, 4), BernoulliMixture(1, 4))
+    with pytest.raises(TypeError, match=r"got RBM, not a Product; wrap it in Product\(\.\.\.\)"):
+        multiplicative(RBM(4, 2), bits(50))
+    with pytest.raises(TypeError, match="got list, not a Product; wrap the meta-models in"):
+        multiplicative([RBM(4, 2)], bits(50))
+    for options in ({"weights": torch.ones(50)}, {"stages": {1: {"weights": torch.ones(50)}}}):
+        with pytest.raises(TypeError, match=r"got weights=, and its rounds make their own"):
+            multiplicative(product, bits(50), **options)
