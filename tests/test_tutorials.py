@@ -19,6 +19,7 @@ SCRIPTS = ["minipyroboost.py"]
 NOTEBOOKS = {  # what only a full run prints
     "01_boosting_a_vae.ipynb": "judged each by 1000 draws",
     "02_choosing_and_combining.ipynb": "judged on 300 test images",
+    "03_semi_supervised.ipynb": "300 test images, looked at once",
 }
 MINI = FOLDER / "minipyroboost.py"
 SMOKE = 'smoke_test = "PYROBOOST_SMOKE" in os.environ or "CI" in os.environ'
