@@ -48,7 +48,7 @@ EXPERIMENTS = (
         title="a Gaussian mixture on top of ConvVAE, LVAE and IWAE on MNIST",
         reference=f"{_PAPER}, Table 2",
         function=cascade_table2.table2,
-        times={"smoke": "20 s", "cpu": "1 h", "paper": "days; take a GPU"},
+        times={"smoke": "5 s", "cpu": "45 min", "paper": "days; take a GPU"},
         seeds={"smoke": 1, "cpu": 1, "paper": 3},
     ),
     Experiment(
@@ -56,7 +56,7 @@ EXPERIMENTS = (
         title="cascade, parallel and hybrid boosting on MNIST, with the price of each",
         reference=f"{_PAPER}, Table 3",
         function=cascade_table3.table3,
-        times={"smoke": "20 s", "cpu": "40 min", "paper": "a day; take a GPU"},
+        times={"smoke": "10 s", "cpu": "20 min", "paper": "a day; take a GPU"},
         seeds={"smoke": 1, "cpu": 1, "paper": 3},
     ),
     Experiment(
@@ -72,7 +72,7 @@ EXPERIMENTS = (
         title="classification from few labels, by one and by two models, on MNIST",
         reference=f"{_PAPER}, section 2.6 and supplement C",
         function=semi_supervised.semi_supervised,
-        times={"smoke": "10 s", "cpu": "45 min", "paper": "days; take a GPU"},
+        times={"smoke": "10 s", "cpu": "50 min", "paper": "days; take a GPU"},
         seeds={"smoke": 2, "cpu": 2, "paper": 10},
     ),
 )
