@@ -350,3 +350,15 @@ def test_a_global_site_in_a_plate_of_any_size_is_refused(count):
 
     with pytest.raises(ValueError, match="has no dimension"):
         fit((model, guide), torch.zeros(count), epochs=1, weights=torch.ones(count))
+
+
+def test_the_value_of_a_weighted_rbms_loss_is_its_weighted_likelihood():
+    torch.manual_seed(0)
+    x, w = (torch.rand(5, 4) < 0.5).float(), torch.tensor([0.5, 2.0, 1.0, 3.0, 1.0])
+    rbm = RBM(4, 3, weight_scale=0.7)
+    rbm.refresh()
+    want = -(w * rbm.log_marginal(x).value).sum()
+    rbm.train()
+    with local_params():
+        value = weighed(rbm.objective(), w)(rbm.model, rbm.guide, x)
+    torch.testing.assert_close(value.detach(), want)
