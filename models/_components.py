@@ -84,6 +84,13 @@ class Components(Parts):
                 f"GMM: site '{self.visible}' got shape {tuple(x.shape)}; "
                 f"this mixture takes data of shape (N, {dim})."
             )
+        if pyro.settings.get("validate_distributions_torch"):
+            bad = ~x.isfinite().all(-1)
+            if bool(bad.any()):
+                raise ValueError(
+                    f"GMM: {int(bad.sum())} of {bad.numel()} data hold NaN or infinity at site "
+                    f"'{self.visible}'; drop or fill them first."
+                )
 
     def gaussian(self, locs: Tensor, scale: Tensor) -> Any:
         """The normal distribution of one component or of all of them."""

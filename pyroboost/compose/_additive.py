@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from pyroboost.compose._line_search import Slope, best_weight, slope_at_zero, tempered
+from pyroboost.compose.densities import in_blocks, sampled_density
 from pyroboost.contexts import forked_rng, service
 from pyroboost.likelihood import Kind, Likelihood, weakest
 from pyroboost.metamodel import MetaModel, Round
-from pyroboost.sampling import log_mean_exp
-from pyroboost.weights import log_weights, take_rows
+from pyroboost.weights import take_rows
 
 if TYPE_CHECKING:
     from pyroboost.compose.mixture import Mixture
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["Growth", "Step", "density_of"]
 
 Verdict = Literal["base", "grows", "nothing gained"]
-_ROWS = 4096  # data at once, where a part gives its density itself
 
 
 @dataclass(frozen=True)
@@ -76,13 +75,8 @@ def density_of(
     with service(pair):
         first = pair.log_marginal(x[:1], *take_rows(args, slice(0, 1), len(x)))
         if first is not None and first.kind in ("exact", "estimate"):
-            blocks = (slice(i, i + _ROWS) for i in range(0, len(x), _ROWS))
-            found = [pair.log_marginal(*take_rows((x, *args), b, len(x))) for b in blocks]
-            return Likelihood.cat([one for one in found if one is not None])
-    table = log_weights(pair, x, *args, num_samples=num_samples, memory=memory)
-    mean, error, ess = log_mean_exp(table.double())
-    kind = weakest("estimate", pair.normalisation()[0])
-    return Likelihood(mean, kind, error, ess, num_samples=num_samples)
+            return in_blocks(pair.log_marginal, x, *args)
+    return sampled_density(pair, x, *args, num_samples=num_samples, memory=memory)
 
 
 @dataclass

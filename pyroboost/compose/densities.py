@@ -20,7 +20,7 @@ from pyroboost.metamodel import MetaModel
 from pyroboost.sampling import log_mean_exp
 from pyroboost.sampling.gibbs import is_binary
 from pyroboost.sampling.psis import pareto_k
-from pyroboost.weights import log_weights
+from pyroboost.weights import log_weights, take_rows
 
 if TYPE_CHECKING:
     from pyroboost.compose.partition import Partition
@@ -29,10 +29,12 @@ __all__ = [
     "check_data",
     "combined",
     "draw_rows",
+    "in_blocks",
     "is_estimated",
     "label",
     "log_density_of",
     "normalised",
+    "sampled_density",
     "support_of",
     "units",
 ]
@@ -106,18 +108,38 @@ def log_density_of(
         estimated.  # (N,)
     """
     if isinstance(part, Ratio):
-        return _in_blocks(part.log_density, x)
+        return in_blocks(part.log_density, x)
     with service(part):
         if part.log_marginal(x[:1]) is not None:
-            return _without_constant(_in_blocks(part.log_marginal, x))
-    table = log_weights(part, x, num_samples=num_samples, memory=memory)
+            return _without_constant(in_blocks(part.log_marginal, x))
+    return sampled_density(part, x, num_samples=num_samples, memory=memory)
+
+
+def sampled_density(
+    part: MetaModel, x: Tensor, *args: Any, num_samples: int, memory: float = 256.0
+) -> Likelihood:
+    r"""Return $\log \frac1S \sum_s m(x, h_s) / q(h_s \mid x)$, without the part's constant's error.
+
+    Args:
+        part: a meta-model.
+        x: data.  # (N, ...)
+        *args: further arguments of the part.
+        num_samples: importance samples S per datum.
+        memory: bound on the working memory, in MiB.
+
+    Returns:
+        Estimates in nats, with Pareto k from 25 samples on.  # (N,)
+    """
+    table = log_weights(part, x, *args, num_samples=num_samples, memory=memory)
     mean, error, ess = log_mean_exp(table)
     k = pareto_k(table) if num_samples >= _PARETO_DRAWS else None
     return Likelihood(mean, "estimate", error, ess, k, num_samples)
 
 
-def _in_blocks(density: Any, x: Tensor) -> Likelihood:
-    return Likelihood.cat([density(rows) for rows in torch.split(x, _ROWS)])
+def in_blocks(density: Any, x: Tensor, *args: Any) -> Likelihood:
+    """Ask for a density of a bounded number of rows at a time."""
+    cuts = (slice(start, start + _ROWS) for start in range(0, len(x), _ROWS))
+    return Likelihood.cat([density(*take_rows((x, *args), rows, len(x))) for rows in cuts])
 
 
 def _without_constant(found: Likelihood) -> Likelihood:

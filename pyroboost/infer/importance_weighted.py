@@ -96,9 +96,10 @@ class ImportanceWeightedELBO(ELBO):
         max_plate_nesting: float = 1,
         vectorize_particles: bool = True,
     ) -> None:
-        if num_particles < 1:
+        if not isinstance(num_particles, int) or num_particles < 1:
             raise ValueError(
-                f"ImportanceWeightedELBO: num_particles is {num_particles}; take 1 or more."
+                f"ImportanceWeightedELBO: num_particles is {num_particles}; take a whole number "
+                "of 1 or more."
             )
         if gradient not in _GRADIENTS:
             raise ValueError(

@@ -658,3 +658,9 @@ def test_refuses_loops_over_data():
 
     with pytest.raises(ValueError, match="the plate 'data' around 'z0' runs in a loop"):
         ImportanceWeightedELBO(2).loss(program(True), program(False))
+
+
+@pytest.mark.parametrize("count", [0, 2.5])
+def test_a_number_of_particles_that_is_none_is_refused(count):
+    with pytest.raises(ValueError, match="whole number"):
+        ImportanceWeightedELBO(count)

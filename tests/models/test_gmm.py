@@ -410,3 +410,10 @@ def test_misuse_is_refused_in_a_sentence():
     ):
         with pytest.raises(ValueError, match=r"GMM\.fit_em: "):
             gmm.fit_em(data, **options)
+
+
+def test_data_with_nan_have_no_likelihood():
+    x = torch.zeros(3, 2)
+    x[1, 0] = torch.nan
+    with pytest.raises(ValueError, match="1 of 3 data hold NaN or infinity"):
+        GMM(2, 2).log_marginal(x)
