@@ -1,6 +1,7 @@
 """Distributions that Pyro lacks."""
 
 from pyroboost.distributions.boosted_flow import BoostedFlow, Strata
+from pyroboost.distributions.components import Components
 from pyroboost.distributions.rbm import RBM
 
-__all__ = ["RBM", "BoostedFlow", "Strata"]
+__all__ = ["RBM", "BoostedFlow", "Components", "Strata"]

@@ -39,9 +39,10 @@ class BoostedFlow(TorchDistribution):
     1. **Density.** `log_prob` is the logarithm of that sum over all components, never the density
        of one that was drawn.
     2. **Draws.** `sample` draws the component of every example by itself.
-    3. **Gradients.** `has_rsample` is False: the choice of a component has no pathwise gradient,
-       so none would reach the weights. Each component has one (`rsample_component`), and
-       `stratified` draws from all of them, whose weighted sum has the gradient of everything.
+    3. **Gradients.** The choice of a component has no pathwise gradient, so none would reach the
+       weights: `has_rsample` is True only while one component alone has all the weight. Each
+       component has a gradient (`rsample_component`), and `stratified` draws from all of them,
+       whose weighted sum has the gradient of everything.
     4. **Batches.** The base may be conditional, with a batch shape *B of its own; all components
        share it. Amortised flows take the `context`, whose rows belong to that batch shape.
 
@@ -82,7 +83,6 @@ class BoostedFlow(TorchDistribution):
 
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012 - the name and form of torch
     support = constraints.real_vector
-    has_rsample = False
 
     def __init__(
         self,
@@ -176,8 +176,16 @@ class BoostedFlow(TorchDistribution):
         """Draw points (*S, *B, D), the component of each by itself."""
         return self._draw(sample_shape)[0]
 
+    @property
+    def has_rsample(self) -> bool:
+        """Whether draws carry a pathwise gradient: one component has all the weight."""
+        fixed = not (self._by_logits and self._given.requires_grad)
+        return fixed and len(self._active) == 1 and bool(self.base.has_rsample)
+
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
-        """Refuse: the choice of a component has no pathwise gradient."""
+        """Draw points (*S, *B, D) with their pathwise gradient, if one component has all weight."""
+        if self.has_rsample:
+            return self.rsample_component(self._active[0], sample_shape)
         raise NotImplementedError(
             "BoostedFlow.rsample: the choice of a component has no pathwise gradient, so the "
             "weights would get none; use rsample_component for one component or stratified for "
