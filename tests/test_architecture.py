@@ -33,8 +33,9 @@ ALLOWED = {
     "plotting": {"evaluation", "sampling"},
     "evaluation": {"compose", "weights", "_arviz", *TRUNK, *LEAVES},
     "infer": {"compose", "evaluation", *TRUNK, *LEAVES},
-    "models": {"compose", "evaluation", "infer", "distributions", "sampling", *TRUNK},
-    "guides": {"compose", "evaluation", "infer", "distributions", "sampling", *TRUNK},
+    "diagnostics": {"compose", "evaluation", "infer", "sampling", "_arviz", *TRUNK},
+    "models": {"compose", "evaluation", "infer", *TRUNK, *LEAVES},
+    "guides": {"compose", "evaluation", "infer", *TRUNK, *LEAVES},
 }
 # A result may draw itself: the one step against the direction, within that method.
 DRAWS = {"pyroboost.evaluation.posterior"}

@@ -13,6 +13,7 @@ from pyroboost.experiments import (
     cascade_table3,
     semi_supervised,
 )
+from pyroboost.experiments.flows_entries import FLOWS
 from pyroboost.experiments.runner import SCALES, Experiment
 
 __all__ = ["EXPERIMENTS", "find", "listing"]
@@ -75,6 +76,7 @@ EXPERIMENTS = (
         times={"smoke": "10 s", "cpu": "50 min", "paper": "days; take a GPU"},
         seeds={"smoke": 2, "cpu": 2, "paper": 10},
     ),
+    *FLOWS,
 )
 
 
