@@ -93,11 +93,10 @@ def _demo(options: argparse.Namespace) -> None:
 def _readme(target: str) -> None:
     from pyroboost.experiments import readme
 
-    text = readme.markdown(readme.committed())
     if target == "-":
-        print(text, end="")
+        print(readme.markdown(readme.committed()), end="")
     else:
-        readme.update(Path(target), text)
+        readme.update(Path(target), readme.committed())
 
 
 def _reproduce(options: argparse.Namespace) -> None:

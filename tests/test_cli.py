@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -87,14 +88,24 @@ def test_unknown_words_are_refused_by_argparse(capsys):
 
 def test_readme_is_written_between_its_marks(tmp_path, capsys):
     path = tmp_path / "README.md"
-    path.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    (begin, end), (start, stop) = readme.RESULTS, readme.SUMMARY
+    path.write_text(f"before\n{begin}\nold\n{end}\n{start}\n{stop}\nafter\n")
     assert cli.main(["reproduce", "--readme", str(path)]) == 0
-    expected = readme.markdown(readme.committed())
-    assert path.read_text() == f"before\n{readme.BEGIN}\n{expected}{readme.END}\nafter\n"
+    expected, rows = readme.markdown(readme.committed()), readme.summary(readme.committed())
+    assert path.read_text() == f"before\n{begin}\n{expected}{end}\n{start}\n{rows}{stop}\nafter\n"
     assert cli.main(["reproduce", "--readme"]) == 0
     assert capsys.readouterr().out == expected
     path.write_text("no marks\n")
     assert cli.main(["reproduce", "--readme", str(path)]) == 2
+
+
+@pytest.mark.parametrize("page", ["README.md", "pyroboost/experiments/results/README.md"])
+def test_committed_pages_show_the_committed_records(page, tmp_path):
+    written = (Path(__file__).parents[1] / page).read_text()
+    copy = tmp_path / "README.md"
+    copy.write_text(written)
+    readme.update(copy, readme.committed())
+    assert copy.read_text() == written
 
 
 def test_committed_results_are_complete_records():

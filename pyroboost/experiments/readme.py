@@ -9,9 +9,10 @@ from typing import Any
 
 from pyroboost.experiments import record
 
-__all__ = ["BEGIN", "END", "committed", "markdown", "update"]
+__all__ = ["RESULTS", "SUMMARY", "committed", "markdown", "summary", "update"]
 
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+RESULTS = ("<!-- results: begin -->", "<!-- results: end -->")
+SUMMARY = ("<!-- summary: begin -->", "<!-- summary: end -->")
 
 
 def committed(folder: Path | None = None) -> list[dict[str, Any]]:
@@ -57,15 +58,18 @@ def cell(row: Mapping[str, Any] | None) -> str:
     return text if row["paper"] is None else f"{text} (paper: {row['paper']:g})"
 
 
+def _row(cells: Iterable[str]) -> str:
+    # A bar in a name, as of parallel parts, would end the cell.
+    return "| " + " | ".join(text.replace("|", r"\|") for text in cells) + " |"
+
+
 def _table(one: Mapping[str, Any]) -> list[str]:
     shown = one["shown"]
     found = {(row["name"], row["metric"]): row for row in one["rows"]}
     names = list(dict.fromkeys(row["name"] for row in one["rows"] if row["metric"] in shown))
     lines = [f"| {' | '.join(['', *shown])} |", f"|{'---|' * (len(shown) + 1)}"]
     for name in names:
-        # A bar in a name, as of parallel parts, would end the cell.
-        cells = [name.replace("|", r"\|"), *(cell(found.get((name, m))) for m in shown)]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(_row([name, *(cell(found.get((name, m))) for m in shown)]))
     return lines
 
 
@@ -110,19 +114,51 @@ def markdown(records: Iterable[Mapping[str, Any]]) -> str:
     return "\n\n".join(blocks) + "\n" if blocks else "No results yet.\n"
 
 
-def update(path: Path, text: str) -> None:
-    """Replace what stands between the two marks of a README.
+def summary(records: Iterable[Mapping[str, Any]]) -> str:
+    """Return one row a record: what was run, how many claims hold, and which fail.
 
     Args:
-        path: the README.
-        text: what :func:`markdown` returned.
+        records: what :func:`pyroboost.experiments.record.read` returned.
+    """
+    lines = [
+        "| | `pyroboost reproduce` | time | claims that hold | and that fail |",
+        "|---|---|---|---|---|",
+    ]
+    for one in records:
+        failed = [c["claim"] for c in one["claims"] if not c["holds"]]
+        held = len(one["claims"]) - len(failed)
+        cells = [
+            f"{one['reference']}: {one['title']}",
+            f"`{one['name']}`",
+            f"{one['seconds'] / 60:.0f} min",
+            f"{held} of {len(one['claims'])}",
+            "; ".join(failed),
+        ]
+        lines.append(_row(cells))
+    return "\n".join(lines) + "\n" if len(lines) > 2 else "No results yet.\n"
+
+
+def update(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Replace what stands between the marks of a page: full results, their summary, or both.
+
+    Args:
+        path: the page.
+        records: what :func:`pyroboost.experiments.record.read` returned.
 
     Raises:
-        ValueError: the file lacks the marks.
+        ValueError: the file has neither pair of marks.
     """
-    old = path.read_text(encoding="utf-8")
-    before, begin, rest = old.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"{path} lacks the marks {BEGIN} and {END}; add them around the results.")
-    path.write_text(f"{before}{BEGIN}\n{text}{END}{after}", encoding="utf-8")
+    text, records = path.read_text(encoding="utf-8"), list(records)
+    found = False
+    for (begin, end), write in ((RESULTS, markdown), (SUMMARY, summary)):
+        before, begins, rest = text.partition(begin)
+        _, ends, after = rest.partition(end)
+        if begins and ends:
+            found = True
+            text = f"{before}{begin}\n{write(records)}{end}{after}"
+    if not found:
+        raise ValueError(
+            f"{path} lacks the marks {' and '.join(RESULTS)}, or {' and '.join(SUMMARY)}; add a "
+            "pair of them around the results."
+        )
+    path.write_text(text, encoding="utf-8")

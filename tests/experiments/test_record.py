@@ -121,5 +121,14 @@ def test_markdown_marks_estimates_and_leaves_gaps():
     assert "| k = 2 |  | ≈ -1.000 ± 0.010 |" in text
 
 
+def test_the_summary_counts_claims_and_names_those_that_fail():
+    one = a_record()
+    rows = readme.summary([one]).splitlines()
+    assert rows[2].endswith(
+        f"| {sum(c['holds'] for c in one['claims'])} of {len(one['claims'])} | it works |"
+    )
+    assert readme.summary([]) == "No results yet.\n"
+
+
 def test_no_results_are_said_in_words(tmp_path):
     assert readme.markdown(readme.committed(tmp_path)) == "No results yet.\n"
