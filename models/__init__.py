@@ -3,6 +3,8 @@
 from pyroboost.models.advice import Advice, advise
 from pyroboost.models.bernoulli_mixture import BernoulliMixture
 from pyroboost.models.conv_vae import ConvVAE
+from pyroboost.models.flow_mixture import FlowMixture
+from pyroboost.models.gated_conv import GatedConvVAE
 from pyroboost.models.gmm import GMM
 from pyroboost.models.iwae import IWAE
 from pyroboost.models.lvae import LVAE
@@ -20,5 +22,7 @@ __all__ = [
     "Advice",
     "BernoulliMixture",
     "ConvVAE",
+    "FlowMixture",
+    "GatedConvVAE",
     "advise",
 ]

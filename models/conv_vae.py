@@ -5,11 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 from torch import Tensor, nn
 
-from pyroboost.models.vae import VAE, _Split
+from pyroboost.models.vae import VAE, LikelihoodName, _Split
 
 __all__ = ["ConvVAE"]
 
@@ -107,13 +106,15 @@ class _Networks:
         return nn.Sequential(*layers, nn.Flatten())
 
 
-def _image(shape: tuple[int, ...], image_shape: tuple[int, ...] | None) -> tuple[int, int, int]:
+def _image(
+    shape: tuple[int, ...], image_shape: tuple[int, ...] | None, who: str = "ConvVAE"
+) -> tuple[int, int, int]:
     """Return channels, height and width of data of some shape."""
     found = shape if image_shape is None else tuple(image_shape)
     found = (1, *found) if len(found) == 2 else found
     if len(found) != 3 or math.prod(found) != math.prod(shape):
         raise ValueError(
-            f"ConvVAE: data of shape {shape} are no images of shape {image_shape}; take "
+            f"{who}: data of shape {shape} are no images of shape {image_shape}; take "
             "visible_shape=(channels, height, width) or (height, width), or pass image_shape for "
             "flat data."
         )
@@ -139,7 +140,7 @@ class ConvVAE(VAE):
         stride: stride of each convolution.
         units: width of the deterministic layer.
         likelihood: ``"bernoulli"`` on bits, from logits; ``"gaussian"``, with location and scale
-            from the decoder.
+            from the decoder; ``"discretized"`` on 256 grey levels, as for :class:`VAE`.
         batch_norm: whether each layer is followed by batch normalisation.
         activation: class of the nonlinearity.
         visible: name of the visible site.
@@ -166,7 +167,7 @@ class ConvVAE(VAE):
         kernel: int = 4,
         stride: int = 2,
         units: int = 500,
-        likelihood: Literal["bernoulli", "gaussian"] = "bernoulli",
+        likelihood: LikelihoodName = "bernoulli",
         batch_norm: bool = True,
         activation: type[nn.Module] = nn.ReLU,
         visible: str = "x",
@@ -188,14 +189,14 @@ class ConvVAE(VAE):
             batch_norm=batch_norm,
             activation=activation,
         )
-        gaussian = likelihood == "gaussian"
-        out = _Split(shape) if gaussian else nn.Unflatten(1, shape)
+        pairs = likelihood != "bernoulli"  # a location and a scale for each pixel
+        out = _Split(shape) if pairs else nn.Unflatten(1, shape)
         super().__init__(
             shape,
             latent,
             likelihood=likelihood,
             encoder=networks.encoder(2 * latent),
-            decoder=nn.Sequential(networks.decoder(latent, 1 + gaussian), out),
+            decoder=nn.Sequential(networks.decoder(latent, 1 + pairs), out),
             visible=visible,
             hidden=hidden,
         )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyroboost.sampling import effective_sample_size
 
-__all__ = ["Slope", "Tempered", "best_weight", "slope_at_zero", "tempered"]
+__all__ = ["Slope", "Tempered", "best_weight", "mean_and_error", "slope_at_zero", "tempered"]
 
 _HALVINGS = 60
 _CLOSE_TO_ZERO = 0.01
@@ -30,13 +30,35 @@ class Tempered(NamedTuple):
     ess: float
 
 
-def tempered(log_q: Tensor, ess: float, *, beta: float | None = None) -> Tempered:
+def mean_and_error(values: Tensor, weights: Tensor | None = None) -> tuple[float, float]:
+    """Return the mean over data, each with its weight, and its standard error.
+
+    Args:
+        values: one per datum.  # (N,)
+        weights: of the data; ``None``: all alike.  # (N,)
+
+    Example:
+        >>> mean_and_error(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 2.0]))
+        (3.0, 0.0)
+    """
+    if weights is None:
+        return float(values.mean()), float(values.std()) / math.sqrt(len(values))
+    share = weights.to(values) / weights.to(values).sum()
+    mean = share @ values
+    return float(mean), float((share * (values - mean)).square().sum().sqrt())
+
+
+def tempered(
+    log_q: Tensor, ess: float, *, beta: float | None = None, weights: Tensor | None = None
+) -> Tempered:
     r"""Weigh data by $1 / q^\beta$ with the largest $\beta \le 1$ that leaves enough of them.
 
     Args:
         log_q: log densities.  # (N,)
         ess: least effective sample size, as a fraction of N; 0 keeps $\beta = 1$.
         beta: the power, where it is known already.
+        weights: weights that the data have already; ``ess`` is then a fraction of the effective
+            sample size that these leave.  # (N,)
 
     Raises:
         ValueError: a density is 0 or not a number.
@@ -56,10 +78,12 @@ def tempered(log_q: Tensor, ess: float, *, beta: float | None = None) -> Tempere
             "number, so that 1/q is no weight; start from a part that gives all data some density."
         )
 
-    def left(power: float) -> float:
-        return float(effective_sample_size(-power * log_q))
+    own: Tensor | float = 0.0 if weights is None else weights.to(log_q).log()
 
-    least = ess * len(log_q)
+    def left(power: float) -> float:
+        return float(effective_sample_size(own - power * log_q))
+
+    least = ess * (len(log_q) if weights is None else left(0.0))
     if beta is None:
         beta = 1.0
         if left(1.0) < least:
@@ -68,8 +92,8 @@ def tempered(log_q: Tensor, ess: float, *, beta: float | None = None) -> Tempere
                 middle = (low + high) / 2
                 low, high = (middle, high) if left(middle) >= least else (low, middle)
             beta = low
-    weights = torch.softmax(-beta * log_q, 0) * len(log_q)
-    return Tempered(weights.to(torch.get_default_dtype()), beta, left(beta))
+    found = torch.softmax(own - beta * log_q, 0) * len(log_q)
+    return Tempered(found.to(torch.get_default_dtype()), beta, left(beta))
 
 
 def _slopes(delta: Tensor, w: float) -> Tensor:
@@ -85,7 +109,7 @@ def _ratio(log_q: Tensor, log_m: Tensor) -> Tensor:
     return (log_m.double() - log_q.double()).masked_fill(both, 0.0)
 
 
-def best_weight(log_q: Tensor, log_m: Tensor) -> float:
+def best_weight(log_q: Tensor, log_m: Tensor, weights: Tensor | None = None) -> float:
     r"""Maximise $\frac1N \sum_n \log((1 - w)\, q(x_n) + w\, m(x_n))$ over w in [0, 1].
 
     The sum is concave in w: its derivative is halved down to one part in $2^{60}$, and the
@@ -94,6 +118,7 @@ def best_weight(log_q: Tensor, log_m: Tensor) -> float:
     Args:
         log_q: log densities of the mixture so far.  # (N,)
         log_m: those of the new part.  # (N,)
+        weights: of the data; ``None``: all alike.  # (N,)
 
     Example:
         >>> best_weight(torch.tensor([0.0, -99.0]), torch.tensor([-99.0, 0.0]))
@@ -102,7 +127,7 @@ def best_weight(log_q: Tensor, log_m: Tensor) -> float:
     delta = _ratio(log_q, log_m)
 
     def derivative(w: float) -> float:
-        return float(_slopes(delta, w).mean())
+        return mean_and_error(_slopes(delta, w), weights)[0]
 
     if not derivative(0.0) > 0.0:
         return 0.0
@@ -137,7 +162,12 @@ class Slope(NamedTuple):
         return self.ratio - 1.0 > 2 * self.ratio_error or self.near > 2 * self.near_error
 
 
-def slope_at_zero(log_q: Tensor, log_m: Tensor, variance: Tensor | float = 0.0) -> Slope:
+def slope_at_zero(
+    log_q: Tensor,
+    log_m: Tensor,
+    variance: Tensor | float = 0.0,
+    weights: Tensor | None = None,
+) -> Slope:
     r"""Estimate $E[m/q]$, above 1 exactly where a little of m added to q raises the likelihood.
 
     Where q is estimated with relative variance v, $E[1/\hat q] \approx (1 + v) / q$: without
@@ -147,6 +177,7 @@ def slope_at_zero(log_q: Tensor, log_m: Tensor, variance: Tensor | float = 0.0) 
         log_q: log densities of the mixture so far.  # (N,)
         log_m: those of the new part.  # (N,)
         variance: relative variance of q's estimates.  # (N,)
+        weights: of the data; ``None``: all alike.  # (N,)
 
     Example:
         >>> slope_at_zero(torch.zeros(4), torch.zeros(4)).positive
@@ -156,11 +187,5 @@ def slope_at_zero(log_q: Tensor, log_m: Tensor, variance: Tensor | float = 0.0) 
         Rosset and Segal, Boosting density estimation (2002), section 2: the stopping criterion.
     """
     delta = _ratio(log_q, log_m) - torch.log1p(torch.as_tensor(variance, dtype=torch.float64))
-    ratios, near = delta.exp(), _slopes(delta, _CLOSE_TO_ZERO)
-    root = math.sqrt(len(delta))
-    return Slope(
-        float(ratios.mean()),
-        float(ratios.std()) / root,
-        float(near.mean()),
-        float(near.std()) / root,
-    )
+    near = _slopes(delta, _CLOSE_TO_ZERO)
+    return Slope(*mean_and_error(delta.exp(), weights), *mean_and_error(near, weights))

@@ -17,6 +17,8 @@ from pyroboost.distributions._boosted_checks import (
     check_points,
     check_weights,
 )
+from pyroboost.distributions._boosted_draws import Draw, draw, rows_of, score_draw
+from pyroboost.distributions._boosted_scores import push_all, score_all
 from pyroboost.flows import Flow
 
 __all__ = ["BoostedFlow", "Strata"]
@@ -45,6 +47,9 @@ class BoostedFlow(TorchDistribution):
        whose weighted sum has the gradient of everything.
     4. **Batches.** The base may be conditional, with a batch shape *B of its own; all components
        share it. Amortised flows take the `context`, whose rows belong to that batch shape.
+    5. **Cost.** Components of one shape are run side by side, each step once for all of them;
+       others, transforms of Pyro among them, one after another. What exceeds `memory` is done in
+       blocks of rows: with gradients on the numbers are the same, but each block stays.
 
     Components of weight 0 are neither drawn nor evaluated: they and their weights get no
     gradient from `log_prob`. `log_prob_components` evaluates them too.
@@ -59,6 +64,8 @@ class BoostedFlow(TorchDistribution):
             weights by gradients, free of constraints. Minus infinity is a weight of 0.  # (C)
         context: what amortised flows depend on.  # (*B, width)
         allow_slow: accept autoregressive components, whose density costs D network passes.
+        memory: bound in MiB on what the flows hold at once, beside the points, a few copies of
+            them and the densities, when densities or draws are made without gradients.
         validate_args: check values that are scored; Pyro's setting by default.
 
     Raises:
@@ -93,9 +100,12 @@ class BoostedFlow(TorchDistribution):
         logits: Tensor | None = None,
         context: Tensor | None = None,
         allow_slow: bool = False,
+        memory: float = 256.0,
         validate_args: bool | None = None,
     ) -> None:
-        self.components = tuple(components)
+        if not memory > 0:
+            raise ValueError(f"BoostedFlow: memory is {memory}; give a bound in MiB, above 0.")
+        self.components, self.memory = tuple(components), memory
         check_components(base, self.components, allow_slow)
         self._given = check_weights(weights, logits, self.components)
         self._by_logits = logits is not None
@@ -137,8 +147,8 @@ class BoostedFlow(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return log q(z) in nats, of shape (*S, *B), for points (*S, *B, D)."""
-        value = self._points(value, "log_prob")
-        return self._mix({c: self._score(c, value) for c in self._active})
+        value, active = self._points(value, "log_prob"), self._active
+        return self._mix(active, self._scores(active, value))
 
     def log_prob_components(self, value: Tensor) -> Tensor:
         """Return log g_c(z) of every component, those of weight 0 included.
@@ -150,7 +160,7 @@ class BoostedFlow(TorchDistribution):
             Log densities in nats.  # (*S, *B, C)
         """
         value = self._points(value, "log_prob_components")
-        return torch.stack([self._score(c, value) for c in range(len(self.components))], -1)
+        return torch.stack(self._scores(range(len(self.components)), value), -1)
 
     def _points(self, value: Tensor, method: str) -> Tensor:
         """Check points and give them the batch's shape."""
@@ -158,23 +168,27 @@ class BoostedFlow(TorchDistribution):
         where = f"BoostedFlow.{method}"
         return value.expand(check_points(where, value, expected, bool(self._validate_args)))
 
-    def _score(self, c: int, value: Tensor) -> Tensor:
-        """Return log g_c at points that any component may have drawn."""
-        z0, log_det = self.components[c].inverse(value, self.context)
-        return self.base.log_prob(z0) + log_det
+    def _scores(self, which: Sequence[int], value: Tensor) -> list[Tensor]:
+        """Return log g_c of some components at points that any component may have drawn."""
+        flows = [self.components[c] for c in which]
+        return score_all(self.base, flows, value, self.context, self.memory)
 
-    def _mix(self, scores: dict[int, Tensor]) -> Tensor:
+    def _score(self, c: int, value: Tensor) -> Tensor:
+        """Return log g_c of one component."""
+        return self._scores([c], value)[0]
+
+    def _mix(self, which: Sequence[int], scores: Sequence[Tensor]) -> Tensor:
         """Return the log of the weighted sum of component densities."""
-        log_weights = self.log_weights
-        terms = [log_weights[c] + score for c, score in scores.items()]
-        return torch.stack(terms, -1).logsumexp(-1)
+        terms = torch.stack([*scores])
+        log_weights = self.log_weights[[*which]].to(terms.dtype)
+        return (log_weights.view(-1, *[1] * (terms.dim() - 1)) + terms).logsumexp(0)
 
     # Draws
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """Draw points (*S, *B, D), the component of each by itself."""
-        return self._draw(sample_shape)[0]
+        return self._draw(sample_shape).value
 
     @property
     def has_rsample(self) -> bool:
@@ -205,33 +219,23 @@ class BoostedFlow(TorchDistribution):
         Returns:
             z, and log q(z) in nats.  # (*S, *B, D), (*S, *B)
         """
-        value, z0, log_det, drawn = self._draw(sample_shape)
-        scores = {}
-        for c in self._active:
-            others, sources, terms = drawn != c, z0.clone(), -log_det
-            if bool(others.any()):
-                found = self.components[c].inverse(value[others], self._rows(others))
-                sources[others], terms[others] = found
-            scores[c] = self.base.log_prob(sources) + terms
-        return value, self._mix(scores)
+        made, flows = self._draw(sample_shape), self._flows
+        scores = score_draw(self.base, made, flows, self.context, self.memory)
+        return made.value, self._mix([*flows], scores)
 
-    def _draw(self, sample_shape: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Draw z, each by its own component: return z, z_0, log |det dz/dz_0| and components."""
+    @property
+    def _flows(self) -> dict[int, Flow]:
+        """The components of positive weight, by their numbers."""
+        return {c: self.components[c] for c in self._active}
+
+    def _draw(self, sample_shape: Any) -> Draw:
+        """Draw points, each by its own component."""
         z0 = self.base.sample(torch.Size(sample_shape))
-        drawn = self._choose(z0.shape[:-1])
-        value, log_det = z0.clone(), z0.new_zeros(drawn.shape)
-        for c in self._active:
-            rows = drawn == c
-            if not bool(rows.any()):
-                continue
-            value[rows], log_det[rows] = self.components[c](z0[rows], self._rows(rows))
-        return value, z0, log_det, drawn
+        return draw(z0, self._choose(z0.shape[:-1]), self._flows, self.context, self.memory)
 
     def _rows(self, rows: Tensor) -> Tensor | None:
         """Return the contexts of some of the draws."""
-        if self.context is None:
-            return None
-        return self.context.expand(*rows.shape, self.context.shape[-1])[rows]
+        return rows_of(self.context, rows)
 
     def _choose(self, shape: torch.Size) -> Tensor:
         """Draw a component for every example."""
@@ -264,15 +268,19 @@ class BoostedFlow(TorchDistribution):
         """
         if not -len(self.components) <= c < len(self.components):
             raise IndexError(f"BoostedFlow: no component {c}; there are {len(self.components)}.")
+        z0 = self._source(sample_shape)
+        value, log_det = self.components[c](z0, self.context)
+        return value, self.base.log_prob(z0) - log_det
+
+    def _source(self, sample_shape: Any) -> Tensor:
+        """Draw from the base, with its pathwise gradient if it has one."""
         if torch.is_grad_enabled() and not self.base.has_rsample:
             raise NotImplementedError(
                 f"BoostedFlow: the base {type(self.base).__name__} has no pathwise gradient; give "
                 "one that has, or draw under torch.no_grad()."
             )
-        draw = self.base.rsample if self.base.has_rsample else self.base.sample
-        z0 = draw(torch.Size(sample_shape))
-        value, log_det = self.components[c](z0, self.context)
-        return value, self.base.log_prob(z0) - log_det
+        make = self.base.rsample if self.base.has_rsample else self.base.sample
+        return make(torch.Size(sample_shape))
 
     # Sums over components
 
@@ -287,23 +295,24 @@ class BoostedFlow(TorchDistribution):
         Args:
             sample_shape: shape (*S) of the draws from each component.
             score: also give the log density of the mixture at all draws, for which the draws
-                of each component are passed back through the C - 1 others.
+                of each component are passed back through the others.
 
         Returns:
             Values, of components of weight 0 too; weights; log q of the values, or None.
         """
-        draws = [
-            self.rsample_component_and_log_prob(c, sample_shape)
-            for c in range(len(self.components))
-        ]
-        values = torch.stack([value for value, _ in draws])
+        count = len(self.components)
+        z0 = self._source((count, *sample_shape))
+        values, log_det = push_all(self.components, z0, self.context)
         if not score:
             return Strata(values, self.weights, None)
-        log_prob = [
-            self._mix({c: log_g if c == own else self._score(c, value) for c in self._active})
-            for own, (value, log_g) in enumerate(draws)
+        active = self._active
+        scores = self._scores(active, values) if count > 1 else [values.new_zeros(())]
+        own = self.base.log_prob(z0) - log_det
+        number = torch.arange(count, device=z0.device).view(-1, *[1] * (own.dim() - 1))
+        terms = [
+            torch.where(number == c, own, score) for c, score in zip(active, scores, strict=True)
         ]
-        return Strata(values, self.weights, torch.stack(log_prob))
+        return Strata(values, self.weights, self._mix(active, terms))
 
     def expectation(
         self, function: Callable[[Tensor], Tensor], num_samples: int

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -45,6 +47,7 @@ class Components(nn.Module):
     """
 
     weights: Tensor
+    logits: nn.Parameter | None
 
     def __init__(
         self,
@@ -61,6 +64,7 @@ class Components(nn.Module):
         weights = torch.zeros(len(self.flows), dtype=like.dtype, device=like.device)
         weights[0] = 1.0
         self.register_buffer("weights", weights)
+        self.register_parameter("logits", None)
 
     def __len__(self) -> int:
         """Return C."""
@@ -80,7 +84,38 @@ class Components(nn.Module):
             context: what amortised flows depend on.  # (*B, width)
         """
         flows: list[Flow] = list(self.flows)  # type: ignore[arg-type]
-        return BoostedFlow(base, flows, self.weights, context=context, allow_slow=self.allow_slow)
+        weights, logits = (self.weights, None) if self.logits is None else (None, self._spread())
+        return BoostedFlow(
+            base, flows, weights, logits=logits, context=context, allow_slow=self.allow_slow
+        )
+
+    @contextmanager
+    def learning_weights(self) -> Iterator[None]:
+        """Let the weights of active components be trained as a parameter; store them at the end.
+
+        Within the context the module has one more parameter, the logits of its active components,
+        and the mixtures that it returns have their softmax for weights.
+        """
+        if self.logits is not None:
+            raise RuntimeError("Components.learning_weights: it is already open; open it once.")
+        active = self.active
+        self.logits = nn.Parameter(self.weights[active].log())
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                self.weights[active] = self.logits.softmax(-1)
+            self.logits = None
+
+    def mixing(self) -> Tensor:
+        """Return the weights as they are used now, on the way of being learnt or stored, (C)."""
+        return self.weights if self.logits is None else self._spread().softmax(-1)
+
+    def _spread(self) -> Tensor:
+        """Return the logits of all components; those that are not active have minus infinity."""
+        assert self.logits is not None
+        logits = torch.full_like(self.weights, -math.inf)
+        return logits.index_put(((self.weights > 0).nonzero().flatten(),), self.logits)
 
     def restart(self, c: int) -> None:
         """Put a new flow, just built, in the place of component c; weights stay."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,24 @@ def odds(dim: int) -> Split:
     return tuple(range(1, dim, 2))
 
 
+class Layers(Protocol):
+    """The layers of a network: modules, or functions that do the same for many at once."""
+
+    inner: Any
+    outer: Any
+    context: Any
+
+
+def dense(x: Tensor, context: Tensor | None, layers: Layers) -> Tensor:
+    """Run a dense network with hyperbolic tangents, whose first layer adds the context's."""
+    for i, layer in enumerate(layers.inner):
+        x = layer(x)
+        if i == 0 and layers.context is not None:
+            x = x + layers.context(context)
+        x = x.tanh()
+    return layers.outer(x)
+
+
 class Conditioner(nn.Module):
     """A dense network with hyperbolic tangents; a context enters its first layer.
 
@@ -48,12 +68,7 @@ class Conditioner(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
         """Return the numbers for each row."""
-        for i, layer in enumerate(self.inner):
-            x = layer(x)
-            if i == 0 and self.context is not None:
-                x = x + self.context(context)
-            x = x.tanh()
-        return self.outer(x)
+        return dense(x, context, self)
 
 
 class Coupling(Step):
@@ -101,6 +116,7 @@ class Coupling(Step):
         units = (units,) if isinstance(units, int) else tuple(units)
         if not units or min(units) < 1:
             raise ValueError(f"{name}: units is {units}; give the widths of the hidden layers.")
+        self.split = kept, tuple(moved)
         self.sizes = len(kept), len(moved)
         order = torch.tensor([*kept, *moved])
         self.register_buffer("order", order, persistent=False)
@@ -111,17 +127,21 @@ class Coupling(Step):
         """Return the moved coordinates and the logs of their derivatives."""
         raise NotImplementedError
 
-    def _run(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+    def _map(
+        self, x: Tensor, network: Callable[[Tensor], Tensor], inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return images and log-determinants; leading dimensions are the network's affair."""
         kept, moved = x.index_select(-1, self.order).split_with_sizes(self.sizes, -1)
-        raw = self.net(kept, context).unflatten(-1, (self.sizes[1], self.numbers))
+        raw = network(kept)
+        raw = raw.reshape(*raw.shape[:-1], self.sizes[1], self.numbers)
         moved, log_slope = self._move(moved, raw, inverse)
         return torch.cat([kept, moved], -1).index_select(-1, self.restore), log_slope.sum(-1)
 
     def _push(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._run(x, context, inverse=False)
+        return self._map(x, partial(self.net, context=context), inverse=False)
 
     def _pull(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._run(y, context, inverse=True)
+        return self._map(y, partial(self.net, context=context), inverse=True)
 
 
 class AdditiveCoupling(Coupling):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyroboost.flows._splines import MINIMUM, size_of_spline, spline
-from pyroboost.flows.step import Coefficients, Step
+from pyroboost.flows.step import Coefficients, CoefficientStep
 
 __all__ = ["Affine", "NonlinearSquared", "Spline"]
 
@@ -17,7 +17,7 @@ SHARE = 0.98  # of it that is used: the derivative stays above (1 - SHARE) b
 FAR = 100.0  # where the cubic formula would lose digits and its root is nearly its argument
 
 
-class Affine(Step):
+class Affine(CoefficientStep):
     r"""A scale and a shift of every coordinate.
 
     .. math:: y = a + e^{s} x, \qquad \log|\det| = \textstyle\sum_i s_i
@@ -37,16 +37,14 @@ class Affine(Step):
         super().__init__(dim, context)
         self.coefficients = Coefficients(2 * dim, context, spread)
 
-    def _push(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        shift, log_scale = self.coefficients(context).chunk(2, -1)
+    def _map(self, x: Tensor, numbers: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        shift, log_scale = numbers.chunk(2, -1)
+        if inverse:
+            return (x - shift) * (-log_scale).exp(), -log_scale.sum(-1).expand(x.shape[:-1])
         return shift + log_scale.exp() * x, log_scale.sum(-1).expand(x.shape[:-1])
 
-    def _pull(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        shift, log_scale = self.coefficients(context).chunk(2, -1)
-        return (y - shift) * (-log_scale).exp(), -log_scale.sum(-1).expand(y.shape[:-1])
 
-
-class NonlinearSquared(Step):
+class NonlinearSquared(CoefficientStep):
     r"""The non-linear squared step: a line with one bump, which can split a mode in two.
 
     .. math:: y = a + b x + \frac{c}{1 + (d x + g)^2}, \qquad
@@ -81,21 +79,15 @@ class NonlinearSquared(Step):
         with torch.no_grad():
             self.coefficients.bias[-dim:] = torch.randn(dim)
 
-    def _parts(self, context: Tensor | None) -> tuple[Tensor, ...]:
-        """Return a, log b, log d, k and g."""
-        a, log_b, log_d, raw, g = self.coefficients(context).chunk(5, -1)
-        return a, log_b, log_d, SHARE * LARGEST * raw.tanh(), g
-
-    def _push(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        a, log_b, log_d, k, g = self._parts(context)
-        u = log_d.exp() * x + g
-        bump = 1 / (1 + u * u)
-        y = a + log_b.exp() * x + (log_b - log_d).exp() * k * bump
-        return y, (log_b + _slope(u, k).log()).sum(-1)
-
-    def _pull(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        a, log_b, log_d, k, g = self._parts(context)
-        r = (log_d - log_b).exp() * (y - a) + g
+    def _map(self, x: Tensor, numbers: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        a, log_b, log_d, raw, g = numbers.chunk(5, -1)
+        k = SHARE * LARGEST * raw.tanh()
+        if not inverse:
+            u = log_d.exp() * x + g
+            bump = 1 / (1 + u * u)
+            y = a + log_b.exp() * x + (log_b - log_d).exp() * k * bump
+            return y, (log_b + _slope(u, k).log()).sum(-1)
+        r = (log_d - log_b).exp() * (x - a) + g
         u = _root(r.detach(), k.detach())
         for _ in range(2):  # the first makes the first derivative right, the second the next two
             u = u - (u + k / (1 + u * u) - r) / _slope(u, k)
@@ -124,7 +116,7 @@ def _root(r: Tensor, k: Tensor) -> Tensor:
     return torch.where(near, u, r - k / (1 + r * r))
 
 
-class Spline(Step):
+class Spline(CoefficientStep):
     r"""A monotone rational-quadratic spline on every coordinate, the identity outside a box.
 
     Inside [-bound, bound] each coordinate has its own bins; at the box's edges the derivative
@@ -164,17 +156,10 @@ class Spline(Step):
         self.bins, self.bound = bins, bound
         self.coefficients = Coefficients(dim * size_of_spline(bins), context, spread)
 
-    def _run(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-        raw = self.coefficients(context)
-        raw = raw.reshape(*raw.shape[:-1], self.dim, -1)
+    def _map(self, x: Tensor, numbers: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        raw = numbers.reshape(*numbers.shape[:-1], self.dim, -1)
         out, log_slope = spline(x, raw, self.bound, inverse=inverse)
         return out, log_slope.sum(-1)
-
-    def _push(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._run(x, context, inverse=False)
-
-    def _pull(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._run(y, context, inverse=True)
 
 
 def check_spline(where: str, bins: int, bound: float) -> None:

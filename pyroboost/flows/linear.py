@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyroboost.flows.step import Coefficients, Step
+from pyroboost.flows.step import Coefficients, CoefficientStep, Step
 
 __all__ = ["LU", "Householder", "LowerTriangular", "Permutation"]
 
 
-class LowerTriangular(Step):
+class LowerTriangular(CoefficientStep):
     r"""A lower triangular matrix with a positive diagonal, and a shift.
 
     .. math:: y = L x + a, \qquad L_{ii} = e^{s_i}, \qquad \log|\det| = \textstyle\sum_i s_i
@@ -38,26 +38,24 @@ class LowerTriangular(Step):
         super().__init__(dim, context)
         self.coefficients = Coefficients(2 * dim + dim * (dim - 1) // 2, context, spread)
 
-    def _parts(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _parts(self, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the shift, the log of the diagonal and the matrix."""
         d = self.dim
-        shift, log_diagonal, below = self.coefficients(context).split([d, d, d * (d - 1) // 2], -1)
+        shift, log_diagonal, below = numbers.split_with_sizes([d, d, d * (d - 1) // 2], -1)
         return shift, log_diagonal, strictly_lower(below, d) + log_diagonal.exp().diag_embed()
 
     def matrix(self, context: Tensor | None = None) -> Tensor:
         """Return L, of shape (*B, D, D)."""
-        return self._parts(context)[2]
+        return self._parts(self.coefficients(context))[2]
 
-    def _push(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        shift, log_diagonal, matrix = self._parts(context)
+    def _map(self, x: Tensor, numbers: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        shift, log_diagonal, matrix = self._parts(numbers)
+        if inverse:
+            return solve(matrix, x - shift), -log_diagonal.sum(-1).expand(x.shape[:-1])
         return times(matrix, x) + shift, log_diagonal.sum(-1).expand(x.shape[:-1])
 
-    def _pull(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        shift, log_diagonal, matrix = self._parts(context)
-        return solve(matrix, y - shift), -log_diagonal.sum(-1).expand(y.shape[:-1])
 
-
-class LU(Step):
+class LU(CoefficientStep):
     r"""A matrix given by its LU factors, and a shift.
 
     .. math:: y = L U x + a, \qquad L_{ii} = 1, \quad U_{ii} = e^{s_i}, \qquad
@@ -83,31 +81,28 @@ class LU(Step):
         super().__init__(dim, context)
         self.coefficients = Coefficients(2 * dim + dim * (dim - 1), context, spread)
 
-    def _parts(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _parts(self, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the shift, the log of the diagonal of U, and both factors."""
         d, half = self.dim, self.dim * (self.dim - 1) // 2
-        shift, log_diagonal, below, above = self.coefficients(context).split([d, d, half, half], -1)
+        shift, log_diagonal, below, above = numbers.split_with_sizes([d, d, half, half], -1)
         lower = strictly_lower(below, d) + torch.eye(d, dtype=shift.dtype, device=shift.device)
         upper = strictly_lower(above, d).mT + log_diagonal.exp().diag_embed()
         return shift, log_diagonal, lower, upper
 
     def matrix(self, context: Tensor | None = None) -> Tensor:
         """Return L U, of shape (*B, D, D)."""
-        _, _, lower, upper = self._parts(context)
+        _, _, lower, upper = self._parts(self.coefficients(context))
         return lower @ upper
 
-    def _push(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        shift, log_diagonal, lower, upper = self._parts(context)
-        y = times(lower, times(upper, x)) + shift
-        return y, log_diagonal.sum(-1).expand(x.shape[:-1])
-
-    def _pull(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        shift, log_diagonal, lower, upper = self._parts(context)
-        x = solve(upper, solve(lower, y - shift), upper=True)
-        return x, -log_diagonal.sum(-1).expand(y.shape[:-1])
+    def _map(self, x: Tensor, numbers: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        shift, log_diagonal, lower, upper = self._parts(numbers)
+        log_det = log_diagonal.sum(-1).expand(x.shape[:-1])
+        if inverse:
+            return solve(upper, solve(lower, x - shift), upper=True), -log_det
+        return times(lower, times(upper, x)) + shift, log_det
 
 
-class Householder(Step):
+class Householder(CoefficientStep):
     r"""Pairs of reflections: a rotation.
 
     .. math:: y = H_{v_{2P}} \cdots H_{v_1} x, \qquad H_v x = x - 2 \frac{v v^\top}{\|v\|^2} x,
@@ -148,20 +143,12 @@ class Householder(Step):
         with torch.no_grad():
             self.coefficients.bias.add_(unit.expand(-1, 2, -1).flatten())
 
-    def _vectors(self, context: Tensor | None) -> Tensor:
-        raw = self.coefficients(context)
-        raw = raw.reshape(*raw.shape[:-1], 2 * self.pairs, self.dim)
-        return raw / torch.linalg.vector_norm(raw, dim=-1, keepdim=True)
-
-    def _push(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        for v in self._vectors(context).unbind(-2):
+    def _map(self, x: Tensor, numbers: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        raw = numbers.reshape(*numbers.shape[:-1], 2 * self.pairs, self.dim)
+        vectors = (raw / torch.linalg.vector_norm(raw, dim=-1, keepdim=True)).unbind(-2)
+        for v in reversed(vectors) if inverse else vectors:
             x = x - 2 * (x * v).sum(-1, keepdim=True) * v
         return x, x.new_zeros(x.shape[:-1])
-
-    def _pull(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        for v in reversed(self._vectors(context).unbind(-2)):
-            y = y - 2 * (y * v).sum(-1, keepdim=True) * v
-        return y, y.new_zeros(y.shape[:-1])
 
 
 class Permutation(Step):
@@ -210,16 +197,19 @@ def strictly_lower(values: Tensor, dim: int) -> Tensor:
 
 
 def times(matrix: Tensor, x: Tensor) -> Tensor:
-    """Multiply vectors by one matrix, or each by its own."""
+    """Multiply vectors (*S, D) by one matrix, by one along the last of *S, or each by its own."""
     if matrix.dim() == 2:
         return x @ matrix.mT
+    if matrix.shape[-3] == 1:
+        return x @ matrix.squeeze(-3).mT
     return (matrix @ x.unsqueeze(-1)).squeeze(-1)
 
 
 def solve(matrix: Tensor, y: Tensor, *, upper: bool = False) -> Tensor:
-    """Solve triangular systems for vectors, with one matrix or one for each."""
-    if matrix.dim() == 2:
-        rows = y.reshape(-1, y.shape[-1])
+    """Solve triangular systems for vectors, with matrices as for `times`."""
+    if matrix.dim() == 2 or matrix.shape[-3] == 1:
+        rows = y.reshape(-1, y.shape[-1]) if matrix.dim() == 2 else y
+        matrix = matrix if matrix.dim() == 2 else matrix.squeeze(-3)
         x = torch.linalg.solve_triangular(matrix.mT, rows, upper=not upper, left=False)
         return x.reshape(y.shape)
     return torch.linalg.solve_triangular(matrix, y.unsqueeze(-1), upper=upper).squeeze(-1)

@@ -11,7 +11,7 @@ from pyro.distributions import TransformModule
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
-__all__ = ["Coefficients", "Step"]
+__all__ = ["CoefficientStep", "Coefficients", "Step"]
 
 
 class Coefficients(nn.Module):
@@ -145,6 +145,26 @@ class Step(TransformModule):
     def __repr__(self) -> str:
         context = f", context={self.context}" if self.context else ""
         return f"{type(self).__name__}({self.dim}{context})"
+
+
+class CoefficientStep(Step):
+    r"""A step whose map is said as a function of points and of `Coefficients`, for one or many.
+
+    Subclasses say `_map`. It works on the last dimension, and leading dimensions of points and
+    coefficients broadcast, so that the coefficients of C steps move points (C, *S, D) at once.
+    """
+
+    coefficients: Coefficients
+
+    def _map(self, x: Tensor, numbers: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        """Return the images of points (*S, D) and the log-determinants (*S)."""
+        raise NotImplementedError
+
+    def _push(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self._map(x, self.coefficients(context), inverse=False)
+
+    def _pull(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self._map(y, self.coefficients(context), inverse=True)
 
 
 def fit_context(where: str, x: Tensor, context: Tensor | None, width: int) -> tuple[Tensor, Tensor]:

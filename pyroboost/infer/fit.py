@@ -18,7 +18,7 @@ from pyroboost.infer.rng import isolated_rng
 from pyroboost.infer.settings import Settings
 from pyroboost.metamodel import MetaModel
 
-__all__ = ["Fit", "fit"]
+__all__ = ["Fit", "fit", "fit_device"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class Fit:
         return f"Fit({self.epochs_run} epochs{loss}{best}, {self.seconds:.1f} s; {self.stopped})"
 
 
-def _device(pair: MetaModel, device: str | torch.device | None) -> torch.device:
+def fit_device(pair: MetaModel, device: str | torch.device | None) -> torch.device:
+    """Return where a fit takes place: where it is told to, else where the pair is."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device is not None:
@@ -212,7 +213,7 @@ def fit(
     if isinstance(pair, tuple):
         # A fit reads neither name; encode and decode would.
         pair = MetaModel(*pair, visible="x", hidden="z")
-    where = _device(pair, device)
+    where = fit_device(pair, device)
     if device is not None:
         pair.to(where)
     train = Batches(data, batch_size, where, shuffle=True, transform=transform, weights=weights)

@@ -281,6 +281,73 @@ def test_in_a_pyro_program():
     assert not list(pyro.get_param_store())
 
 
+# Side by side and in blocks
+
+
+def written_out(q, z):
+    """The mixture's density by a loop over its components."""
+    scores = []
+    for weight, flow in zip(q.weights, q.components, strict=True):
+        z0, log_det = flow.inverse(z, q.context)
+        scores.append(weight.log() + q.base.log_prob(z0) + log_det)
+    return torch.stack(scores, -1).logsumexp(-1)
+
+
+@pytest.mark.parametrize(("context", "count"), [(0, 4), (0, 1200), (4, 4), (4, 250)])
+def test_components_of_one_shape_among_others(count, context):
+    """Numbers and gradients are those of a loop, for few points and many, in blocks and not."""
+    parts = [*components(context=context), *components(context=context, spread=0.5)]
+    parts += [flows.affine(2).double()]
+    weights = torch.tensor([0.2, 0.1, 0.1, 0.0, 0.3, 0.2, 0.1], dtype=DOUBLE)
+    rows = torch.randn(5, 4, dtype=DOUBLE) if context else None
+    base = normal(5, loc=0.5) if context else normal()
+    z = torch.randn(count, 5, 2, dtype=DOUBLE)
+    z = z if context else z[:, 0]
+    parameters = [p for c in (0, 1, 2, 4, 5, 6) for p in parts[c].parameters()]
+    results = []
+    for memory in (256.0, 0.02):
+        q = BoostedFlow(base, parts, weights, context=rows, memory=memory)
+        results.append(torch.autograd.grad(q.log_prob(z).sum(), parameters))
+        assert torch.allclose(q.log_prob(z), written_out(q, z))
+        wide = q.expand((3, *q.batch_shape))
+        assert torch.allclose(
+            wide.log_prob(z[:4, None]), q.log_prob(z[:4, None]).expand(4, 3, *q.batch_shape)
+        )
+        drawn, log_q = q.sample_and_log_prob((count,))
+        assert torch.allclose(log_q, written_out(q, drawn), atol=1e-8)
+        each = q.log_prob_components(z)
+        assert torch.allclose(each[..., 3], q._score(3, z))
+    expected = torch.autograd.grad(written_out(q, z).sum(), parameters)
+    for found in results:
+        assert all(torch.allclose(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_no_more_rows_pass_than_fit_in_memory():
+    class Seen(flows.Step):
+        rows: list = []
+
+        def _push(self, x, context):
+            self.rows.append(x.shape[:-1].numel())
+            return x + 1.0, x.new_zeros(x.shape[:-1])
+
+        def _pull(self, y, context):
+            self.rows.append(y.shape[:-1].numel())
+            return y - 1.0, y.new_zeros(y.shape[:-1])
+
+    parts = [Flow([Seen(2)]), flows.affine(2).double(), Flow([Seen(2)])]
+    limit = int(0.05 * 2**20 / (12 * 2 * 8))
+    for base in (normal(), normal(3000)):  # many samples, or many rows of one
+        q = BoostedFlow(base, parts, memory=0.05)
+        Seen.rows.clear()
+        z, log_q = q.sample_and_log_prob((3000,) if not base.batch_shape else ())
+        assert torch.allclose(q.log_prob(z), log_q)
+        assert torch.allclose(written_out(q, z), log_q)
+        assert 0 < max(Seen.rows[:-2]) <= limit
+    assert limit < 1000
+    with pytest.raises(ValueError, match="memory is 0"):
+        BoostedFlow(normal(), parts, memory=0.0)
+
+
 # Gradients
 
 

@@ -1,0 +1,277 @@
+"""The rounds of gradient boosting: train, weigh, judge, keep or put back."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from pyro.infer import Trace_ELBO
+from torch import Tensor
+
+from pyroboost.infer import checkpoint as files
+from pyroboost.infer._boosting_bench import Bench
+from pyroboost.infer._boosting_callbacks import Pace, Track, steps_per_epoch
+from pyroboost.infer._boosting_judge import (
+    Decision,
+    base,
+    choose_weights,
+    failure,
+    judge,
+    report_fields,
+)
+from pyroboost.infer._boosting_pair import (
+    only,
+    proposer,
+    staged,
+)
+from pyroboost.infer._boosting_report import BoostedRound, Boosting
+from pyroboost.infer._boosting_state import read_state, write_state
+from pyroboost.infer._mixture_table import Table
+from pyroboost.infer._round_law import Stage
+from pyroboost.infer.batches import Batches
+from pyroboost.infer.errors import NonFiniteLoss
+from pyroboost.infer.fit import Fit, fit
+from pyroboost.infer.rng import isolated_rng
+from pyroboost.infer.stratified import StratifiedELBO
+from pyroboost.metamodel import MetaModel
+
+__all__ = ["Booster"]
+
+
+class Booster(Bench):
+    """A boosting under way; see :func:`pyroboost.infer.boost`."""
+
+    # The plan
+
+    def run(self) -> Boosting:
+        """Grow, fine-tune and train jointly, or go on with what a checkpoint holds."""
+        options = self.options
+        weights = self.components.weights
+        if options.start == 0:
+            weights.copy_(torch.eye(len(weights))[0])
+        elif not bool((weights[: options.start] > 0).any()):
+            raise ValueError(f"boost: start={options.start}, and no component before has a weight.")
+        read_state(self)
+        stopped = self._grow()
+        for passed in range(1, options.finetune + 1):
+            for c in range(len(self.components)):
+                self._finetune(passed, c)
+        if options.joint and len(self.components.active) > 1:
+            self._joint()
+        return Boosting(
+            components=self.components,
+            rounds=tuple(self.rounds),
+            stopped=stopped,
+            held_out=self.held_out,
+            unit="data set" if options.whole else "datum",
+            seed=self.seed,
+        )
+
+    def _grow(self) -> str:
+        options = self.options
+        while True:
+            own = [r for r in self.rounds if r.stage == "round"]
+            c = options.start + sum(r.accepted for r in own)
+            failed = 0
+            while failed < len(own) and not own[-1 - failed].accepted:
+                failed += 1
+            if c == len(self.components):
+                return f"all {c} components are used"
+            if failed >= options.failures:
+                return f"{failed} fresh starts in a row gained nothing"
+            self._round(c, failed)
+
+    # One training and its judgement
+
+    def _round(self, c: int, attempt: int) -> None:
+        kept = self._snapshot()
+        with isolated_rng(self.device, self.stream("fresh", c, attempt)):
+            self._fresh(c, attempt)
+        weights = kept[1]
+        first = not any(r.accepted for r in self.rounds) and not self.options.start
+        kind = "plain" if first else self.options.objective
+        if kind == "mixture":
+            share = 1.0 / (1 + int((weights > 0).sum()))
+            weights = (1 - share) * weights
+            weights[c] = share
+        self._train("round", 0, c, attempt, kind, weights, self.options.length, kept)
+
+    def _fresh(self, c: int, attempt: int) -> None:
+        """Put component c at a start: the guide's own, or a new flow."""
+        propose = proposer(self.inner.guide)
+        if c == 0 and not attempt:
+            return  # as it was built
+        if propose is None:
+            self.components.restart(c)
+            return
+        args, kwargs = (self.rows[0], {})
+        if self.options.whole:
+            args, kwargs = self.own_args, self.own_kwargs
+        propose(c, *args, **kwargs)
+
+    def _finetune(self, passed: int, c: int) -> None:
+        if any((r.stage, r.passed, r.component) == ("fine-tune", passed, c) for r in self.rounds):
+            return
+        kept = self._snapshot()
+        weights = kept[1]
+        if not weights[c] > 0 or int((weights > 0).sum()) < 2:
+            return
+        kind = self.options.finetune_objective
+        if kind != "mixture":
+            weights = weights.clone()
+            weights[c] = 0.0
+            weights = weights / weights.sum()
+        self._train("fine-tune", passed, c, 0, kind, weights, self.options.fine_length, kept)
+
+    def _joint(self) -> None:
+        if any(r.stage == "joint" for r in self.rounds):
+            return
+        kept = self._snapshot()
+        self._train("joint", 0, None, 0, "joint", kept[1], self.options.joint, kept)
+
+    def _snapshot(self) -> tuple[dict[str, Any], Tensor]:
+        return files.snapshot(self.pair), self.components.weights.detach().clone()
+
+    def _train(
+        self,
+        name: str,
+        passed: int,
+        c: int | None,
+        attempt: int,
+        kind: str,
+        weights: Tensor,
+        length: int,
+        kept: tuple[dict[str, Any], Tensor],
+    ) -> None:
+        began = time.perf_counter()
+        address, old = (name, passed, c, attempt), kept[1]
+        stage = Stage(0 if c is None else c, kind, entropy=self.options.entropy)
+        stage.counts = stage.counts.to(self.device)
+        history: list[dict[str, Any]] = []
+        try:
+            decision = self._attempt(address, stage, weights, length, old, history)
+        except BaseException:
+            files.restore(self.pair, kept[0])
+            raise
+        if decision.keep:
+            self.components.weights.copy_(torch.tensor(decision.weights))
+        else:
+            files.restore(self.pair, kept[0])
+        floored, seen = stage.counts.tolist()
+        self.rounds.append(
+            BoostedRound(
+                stage=name,
+                passed=passed,
+                component=c,
+                attempt=attempt,
+                floor=None if stage.floor == -math.inf else stage.floor,
+                floored=floored / seen if seen else 0.0,
+                history=history,
+                seconds=time.perf_counter() - began,
+                **report_fields(decision),
+            )
+        )
+        write_state(self)
+
+    def _attempt(
+        self,
+        address: Sequence[Any],
+        stage: Stage,
+        weights: Tensor,
+        length: int,
+        old: Tensor,
+        history: list[dict[str, Any]],
+    ) -> Decision:
+        """Train and judge; what is not finite is a failure, but of the first component."""
+        (_, _, c, attempt), kind = address, stage.objective
+        active = [j for j in range(len(old)) if old[j] > 0]
+        first = kind == "plain"
+        before = None if first else self._table(active, "judge", *address)
+        if kind in ("residual", "kl", "sampled"):
+            stage.floor = self._floor(weights)
+        try:
+            with only(self.components, active if c is None else [c], weights):
+                with self.components.learning_weights() if c is None else nullcontext():
+                    history += self._fit(address, stage, length, first).history
+                trained = self.components.weights.clone()
+            return self._judge(address, before, old, trained if c is None else None)
+        except NonFiniteLoss as error:
+            if first and attempt + 1 >= self.options.failures:
+                raise
+            return failure(before, old, f"failed: {error.site or 'a density'} is not finite")
+
+    def _fit(self, address: Sequence[Any], stage: Stage, length: int, first: bool) -> Fit:
+        options, name = self.options, address[0]
+        settings = dict(options.fit)
+        callbacks = list(settings.pop("callbacks", ()))
+        if name != "round":
+            settings.pop("annealing", None)
+        data, size = self.data, self.batch_size
+        epochs = length
+        if options.whole:
+            per = steps_per_epoch(length)
+            data, epochs = torch.zeros(per, 1), length // per
+            if isinstance(settings.get("annealing"), int | float):
+                settings["annealing"] = settings["annealing"] / per
+            elif callable(schedule := settings.get("annealing")):
+                settings["annealing"] = lambda done: schedule(per * done)
+        if options.checkpoints is not None:
+            file = "-".join(map(str, address)) + ".pt"
+            settings["checkpoint"] = options.checkpoints / file
+        nesting = self.programs.nesting
+        stacked = self.programs.vectorized and options.num_particles > 1
+        pair: MetaModel = self.pair
+        loss: Any
+        if name == "joint":
+            loss = StratifiedELBO(
+                options.num_particles, max_plate_nesting=nesting, vectorize_particles=stacked
+            )
+        else:
+            pair = staged(self.pair, self.components, stage)
+            loss = Trace_ELBO(
+                num_particles=options.num_particles,
+                max_plate_nesting=nesting,
+                vectorize_particles=stacked,
+            )
+            if name == "fine-tune":
+                stage.rate = self.blend
+            elif not first and self.blend:
+                count = Batches(data, size, self.device, shuffle=False).num_batches
+                rate = Pace(stage, self.blend, epochs, count)
+                callbacks.append(rate)
+        if options.track:
+            callbacks.append(Track(lambda: self._track(stage, name)))
+        return fit(
+            pair,
+            data,
+            epochs=epochs,
+            batch_size=size,
+            validation=self.validation,
+            loss=loss,
+            callbacks=callbacks,
+            seed=self.stream("fit", *address),
+            **settings,
+        )
+
+    def _judge(
+        self, address: Sequence[Any], before: Table | None, old: Tensor, trained: Tensor | None
+    ) -> Decision:
+        """Choose weights on some draws and judge them on others."""
+        c = address[2]
+        if before is None:
+            return base(self._table([c], "judge", *address), old)
+        active = sorted({*before.components, *([] if c is None else [c])})
+
+        def draws(which: Sequence[int], *purpose: Any, draws: int | None = None) -> Table:
+            return self._table(which, *purpose, *address, draws=draws)
+
+        if trained is None:
+            found = choose_weights(self.options, draws, active, old, c)
+        else:
+            found = (trained[active], [])
+        after = self._table(active, "judge", *address)
+        return judge(address[0], c, before, old, after, found, self.options)
