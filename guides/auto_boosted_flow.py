@@ -114,7 +114,7 @@ class AutoBoostedFlow(AutoContinuous):
         self._program = (model,)  # hidden from nn.Module: the model's parameters are its own
         self._factories = factories(flow, components)
         self.init, self.num_starts, self.full = init, num_starts, full
-        self._found: list[Candidate] | None = None
+        self.places = torch.nn.ModuleList()  # the laws found at the start
         self._tries: dict[int, int] = {}
 
     # Setting up
@@ -162,13 +162,14 @@ class AutoBoostedFlow(AutoContinuous):
             target = self._target(args, kwargs, start)
             if target.random:
                 return default
-            self._found = self._search(target)
-        if not self._found:
+            self.places.extend(one.law for one in self._search(target))
+        if not self.places:
             raise RuntimeError(
                 "AutoBoostedFlow: from none of the starts was a finite log density with finite "
                 "derivatives found; give an init_loc_fn that does, or init='none'."
             )
-        return self._found[0].law
+        first: Any = self.places[0]
+        return first
 
     def _search(self, target: Target) -> list[Candidate]:
         sites = list(self.prototype_trace.iter_stochastic_nodes())
@@ -242,7 +243,7 @@ class AutoBoostedFlow(AutoContinuous):
         return self._target(args, kwargs, self._init_loc())(points)
 
     @torch.no_grad()
-    def propose(self, c: int, *args: Any, **kwargs: Any) -> None:
+    def propose(self, c: int, *args: Any, attempt: int | None = None, **kwargs: Any) -> None:
         """Put a new flow in the place of component c and place it where the mixture falls short.
 
         The places tried are the modes found at the start, moments and points of the mass that
@@ -252,6 +253,7 @@ class AutoBoostedFlow(AutoContinuous):
         Args:
             c: the component.
             *args: arguments of the model.
+            attempt: how many proposals came before; counted here where left out.
             **kwargs: its arguments by name.
         """
         if self.prototype_trace is None:
@@ -261,12 +263,12 @@ class AutoBoostedFlow(AutoContinuous):
             target = self._target(args, kwargs, self._init_loc())
             if target.random:
                 return
-            if self._found is None:
-                self._found = self._search(target)
-            laws = [one.law for one in self._found]
+            if not self.places:
+                self.places.extend(one.law for one in self._search(target))
+            laws: list[Any] = list(self.places)
             found = ranked(target, self.get_posterior(), laws, self.whitening, self.full)
         if found:
-            again = self._tries.get(c, 0)
+            again = self._tries.get(c, 0) if attempt is None else attempt
             self._tries[c] = again + 1
             flow: Any = self.components.flows[c]
             place(flow, found[again % len(found)])
@@ -299,6 +301,10 @@ class AutoBoostedFlow(AutoContinuous):
     # Copies and states
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        laws: list[Whitening] = []
+        while (one := state_dict.get(f"{prefix}places.{len(laws)}.basis")) is not None:
+            laws.append(Whitening(*one.shape).to(one))
+        self.places = torch.nn.ModuleList(laws)
         basis = state_dict.get(f"{prefix}whitening.basis")
         if basis is not None:
             dim, rank = basis.shape

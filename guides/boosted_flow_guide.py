@@ -36,7 +36,8 @@ class BoostedFlowGuide(Amortised):
         latent: D, dimension of z.
         components: C, the number of flows.
         flow: a function from D to a new flow, or a list of C of these for components that differ;
-            RealNVP in four steps by default.
+            RealNVP in four steps by default. New components start as it builds them, so let it
+            draw their spread: a start that is always the same may straddle two modes each time.
         hidden: name of the hidden site.
         event_dim: dimensions of one datum; what the encoder says (`VAE.encoder` does), else 1,
             where left out.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyroboost.infer.boosting import Boosting, boost
+from pyroboost.infer.callbacks import Callback, FitState
+from pyroboost.infer.errors import NonFiniteLoss
 from pyroboost.sampling import log_mean_exp
 from pyroboost.sampling.psis import pareto_k
 
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Matched", "match"]
 
 _ROWS = 8192
+_LOWEST = 0.01  # power of the density where annealing begins
 LogDensity = Callable[[Tensor], Tensor]
 
 
@@ -60,16 +65,48 @@ class Matched:
 class _Target(nn.Module):
     """The density to be matched, as a model without data, in standardised coordinates."""
 
+    power = 1.0
+
     def __init__(self, log_density: LogDensity, parts: FlowParts) -> None:
         super().__init__()
-        self.log_density = log_density
+        self._log_density = (log_density,)  # a module would be trained with the flows
         self.loc, self.scale = parts.loc, parts.scale
+        self.eval()
 
     def forward(self) -> None:
-        """Draw z from anywhere and score it."""
+        """Draw z from anywhere and score it; the power is that of training alone."""
         anywhere = dist.ImproperUniform(constraints.real_vector, (), self.loc.shape)
         z = pyro.sample("z", anywhere)
-        pyro.factor("log_density", checked(self.log_density, self.loc + self.scale * z))
+        value = checked(self._log_density[0], self.loc + self.scale * z)
+        pyro.factor("log_density", (self.power if self.training else 1.0) * value)
+
+
+class _Warm(Callback):
+    """Raise the power of the density in the first fit, and count the fits.
+
+    Args:
+        target: the density.
+        steps: over which its power rises.
+    """
+
+    def __init__(self, target: _Target, steps: int) -> None:
+        self.target, self.steps, self.fits, self.done = target, steps, 0, 0
+
+    def on_start(self, state: FitState) -> None:
+        """Count a fit, and start low if it is the first."""
+        self.fits += 1
+        self._set()
+
+    def on_batch(self, state: FitState) -> None:
+        """Raise the power for the next step."""
+        self.done += 1
+        self._set()
+
+    def _set(self) -> None:
+        if self.fits > 1 or self.done >= self.steps:
+            self.target.power = 1.0
+        else:
+            self.target.power = _LOWEST + (1 - _LOWEST) * self.done / self.steps
 
 
 class _Draws(nn.Module):
@@ -96,19 +133,57 @@ def checked(log_density: LogDensity, z: Tensor) -> Tensor:
     return found
 
 
+def _check(annealing: int, num_samples: int, settings: dict[str, Any]) -> None:
+    if annealing < 0 or num_samples < 2:
+        raise ValueError(
+            f"FlowMixture.match: annealing is {annealing} and num_samples {num_samples}; take 0 "
+            "or more steps and 2 or more draws."
+        )
+    if annealing and (settings.get("checkpoints") is not None or settings.get("start")):
+        raise ValueError(
+            "FlowMixture.match: annealing is for the first component of a run from its start; "
+            "leave out checkpoints and start, or annealing."
+        )
+
+
 def match(
-    parts: FlowParts, log_density: LogDensity, num_samples: int, settings: dict[str, Any]
+    parts: FlowParts,
+    log_density: LogDensity,
+    num_samples: int,
+    annealing: int,
+    settings: dict[str, Any],
 ) -> Matched:
     """Boost the flows towards a density, then estimate its log Z by draws of the mixture."""
-    report = boost((_Target(log_density, parts), _Draws(parts)), (), **settings)
-    blocks = []
-    with torch.no_grad():
-        mixture = parts.mixture()
-        for start in range(0, num_samples, _ROWS):
-            z, log_q = mixture.sample_and_log_prob((min(_ROWS, num_samples - start),))
-            value = checked(log_density, parts.loc + parts.scale * z)
-            blocks.append((value + parts.log_det - log_q).double())
+    _check(annealing, num_samples, settings)
+    target, before = _Target(log_density, parts), copy.deepcopy(parts.state_dict())
+    warm = _Warm(target, annealing)
+    settings["callbacks"] = (*settings.get("callbacks", ()), warm)
+    try:
+        report = boost((target, _Draws(parts)), (), **settings)
+    except BaseException as error:
+        if warm.fits <= 1 or isinstance(error, NonFiniteLoss):  # no component was kept
+            parts.load_state_dict(before)
+        raise
+    return _estimate(parts, log_density, num_samples, report)
+
+
+@torch.no_grad()
+def _estimate(
+    parts: FlowParts, log_density: LogDensity, num_samples: int, report: Boosting
+) -> Matched:
+    """Estimate log Z by importance sampling with the mixture."""
+    blocks, mixture = [], parts.mixture()
+    for start in range(0, num_samples, _ROWS):
+        z, log_q = mixture.sample_and_log_prob((min(_ROWS, num_samples - start),))
+        value = checked(log_density, parts.loc + parts.scale * z)
+        blocks.append((value + parts.log_det - log_q).double())
     log_weights = torch.cat(blocks)
+    bad = int((log_weights.isnan() | (log_weights == math.inf)).sum())
+    if bad:
+        raise ValueError(
+            f"FlowMixture.match: the density of {bad} of {num_samples} draws is infinite or not a "
+            "number, so that log Z has no estimate; mend log_density there."
+        )
     found = log_mean_exp(log_weights)
     return Matched(
         report,

@@ -104,6 +104,7 @@ class FlowParts(Parts):
             [partial(f, dim) for f in flow] if isinstance(flow, Sequence) else partial(flow, dim)
         )
         self.flows = Components(built, None if several else count)
+        self.builders = list(flow) if isinstance(flow, Sequence) else [flow] * len(self.flows)
         self.base = base
         like = self.flows.weights
         self.register_buffer("loc", like.new_zeros(dim))
@@ -119,6 +120,21 @@ class FlowParts(Parts):
     def mixture(self) -> BoostedFlow:
         """Return the mixture of the standardised data, (x - loc) / scale."""
         return self.flows(self.base(torch.zeros_like(self.loc)))
+
+    def place(self, x: Tensor, weights: Tensor | None) -> None:
+        """Take mean and standard deviation of data for location and scale."""
+        share = torch.ones(len(x)) if weights is None else weights
+        share = (share.double() / share.double().sum()).to(x.device)
+        loc = share @ x.double()
+        scale = (share @ (x.double() - loc).square()).sqrt()
+        constant = ~(scale > 1e-12 * (1 + loc.abs()))
+        if bool(constant.any()):
+            raise ValueError(
+                f"FlowMixture: columns {constant.nonzero().flatten().tolist()} of the data are "
+                "constant, so that they have no density; leave these out."
+            )
+        # New tensors: a component taken out of a mixture may share the old ones.
+        self.loc, self.scale = loc.to(self.loc), scale.to(self.scale)
 
     def standardise(self, x: Tensor) -> Tensor:
         """Return (x - loc) / scale."""

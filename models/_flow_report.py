@@ -11,7 +11,7 @@ from pyroboost.infer.fit import Fit
 __all__ = ["FlowFit", "FlowStep", "Kind", "Verdict"]
 
 Kind = Literal["round", "pass", "joint"]
-Verdict = Literal["base", "grows", "nothing gained", "better", "put back"]
+Verdict = Literal["base", "grows", "nothing gained", "better", "put back", "not finite"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class FlowStep:
         after: log-likelihood of the mixture after what was decided.
         gain: what the fit gained, whether that was kept or not.
         gain_error: its standard error, from the differences of the data.
-        verdict: what was decided.
+        verdict: what was decided; ``"not finite"``: the loss was not, and the fit was put back.
         steps: gradient steps.
         seconds: wall-clock time.
         fits: the fits, one after another.
@@ -80,7 +80,9 @@ class FlowFit:
         rows = [f"{head}{'steps':>6} {'seconds':>8}  verdict; weights"]
         for s in self.steps:
             name = s.kind if s.component is None else f"{s.kind} {s.component}"
-            gain = "" if s.verdict == "base" else f"{s.gain:.3f} ± {s.gain_error:.3f}"
+            gain = (
+                "" if s.verdict in ("base", "not finite") else f"{s.gain:.3f} ± {s.gain_error:.3f}"
+            )
             weights = " ".join(f"{w:.3f}" for w in s.weights)
             rows.append(
                 f"{name:<10} {s.beta:>6.3f} {s.ess:>8.0f} {s.after:>15.3f} {gain:>16} "

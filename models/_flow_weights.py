@@ -35,7 +35,8 @@ def solve_weights(
     r_{nc} = \frac{w_c g_c(x_n)}{\sum_k w_k g_k(x_n)}$$
 
     The problem is concave, and each step of EM raises it. A component that starts with weight 0
-    keeps it; one that ends below ``least`` is given 0.
+    keeps it; one that ends below ``least`` is given 0. Where no density of some datum is finite
+    the start is returned.
 
     Args:
         table: log densities by component, each (N,).
@@ -65,7 +66,7 @@ def solve_weights(
         joint = logs + w.log()
         value = joint.logsumexp(-1)
         now = float(shares @ value)
-        if now - last < _TOLERANCE:
+        if not now - last >= _TOLERANCE:
             break
         w, last = shares @ (joint - value[:, None]).exp(), now
     w = torch.where(w < least, 0.0, w)

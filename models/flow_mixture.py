@@ -13,12 +13,11 @@ from torch import Tensor
 from pyroboost import flows
 from pyroboost.contexts import forked_rng
 from pyroboost.distributions import BoostedFlow
-from pyroboost.infer.weighting import weighted_rows
 from pyroboost.likelihood import Likelihood
-from pyroboost.models._em_checks import check_data
 from pyroboost.models._finite_mixture import FiniteMixture
-from pyroboost.models._flow_fit import Growth, Options
+from pyroboost.models._flow_fit import Growth
 from pyroboost.models._flow_match import Matched, match
+from pyroboost.models._flow_options import Options, weighed
 from pyroboost.models._flow_parts import Builder, FlowParts, standard_normal
 from pyroboost.models._flow_report import FlowFit, FlowStep
 
@@ -93,7 +92,8 @@ class FlowMixture(FiniteMixture[FlowParts]):
     def weights(self, value: Tensor) -> None:
         held = self.components.flows.weights
         value = torch.as_tensor(value).detach().double()
-        if value.shape != held.shape or not bool((value >= 0).all()) or not value.sum() > 0:
+        sound = bool(((value >= 0) & value.isfinite()).all()) and float(value.sum()) > 0
+        if value.shape != held.shape or not sound:
             raise ValueError(
                 f"FlowMixture: weights {value.tolist()} are no convex combination of {len(held)} "
                 "components; give that many numbers of at least 0 that do not all vanish."
@@ -107,11 +107,11 @@ class FlowMixture(FiniteMixture[FlowParts]):
     def component(self, c: int) -> FlowMixture:
         """Return g_c alone, as a mixture of one component that shares its flow with this one."""
         parts = self.components
-        chosen = parts.flows.flows[c]
+        shared = [parts.flows.flows[c]]
         found = FlowMixture(
             len(parts.loc),
             1,
-            lambda dim: chosen,  # type: ignore[arg-type, return-value]
+            lambda dim: shared.pop() if shared else parts.builders[c](dim),  # type: ignore[arg-type, return-value]
             base=parts.base,
             visible=self.visible,
             hidden=self.hidden,
@@ -129,17 +129,7 @@ class FlowMixture(FiniteMixture[FlowParts]):
         Raises:
             ValueError: a column is constant, so that data have no density.
         """
-        share = torch.ones(len(x)) if weights is None else weights
-        share = (share.double() / share.double().sum()).to(x.device)
-        loc = share @ x.double()
-        scale = (share @ (x.double() - loc).square()).sqrt()
-        if not bool((scale > 1e-12 * (1 + loc.abs())).all()):
-            raise ValueError(
-                f"FlowMixture: columns {(scale <= 1e-12).nonzero().flatten().tolist()} of the data "
-                "are constant, so that they have no density; leave these out."
-            )
-        self.components.loc.copy_(loc)
-        self.components.scale.copy_(scale)
+        self.components.place(*weighed(self.components, "data", x, weights))
 
     def log_marginal(self, x: Tensor, *args: Any) -> Likelihood:
         r"""Return the exact $\log m(x) = \log \sum_c w_c g_c(x)$ in nats.
@@ -151,20 +141,7 @@ class FlowMixture(FiniteMixture[FlowParts]):
         Returns:
             Exact log densities, with gradients where they are enabled.  # (N,)
         """
-        self.components.check(x)
-        blocks = [self.components.log_density(rows) for rows in torch.split(x, _ROWS)]
-        return Likelihood(torch.cat(blocks), "exact")
-
-    def _loss(
-        self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        x: Tensor,
-        *args: object,
-        weights: Tensor | None = None,
-    ) -> Tensor:
-        value = self.components.log_density(x)
-        return -(value if weights is None else weights.to(value) * value).sum()
+        return self._summed_out(x, _ROWS)
 
     @property
     def own_fit(self) -> Callable[..., FlowFit]:
@@ -209,16 +186,19 @@ class FlowMixture(FiniteMixture[FlowParts]):
 
         Held-out data decide where there are any, else training data: what does not raise their
         likelihood is put back, so that no step lowers it, and a fit that ends below its start is
-        put back as a whole.
+        put back as a whole. Ctrl-C, or a loss that is not finite, loses no more than the fit
+        under way.
 
         Args:
             data: training data, float32 or float64.  # (N, D)
             validation: held-out data.  # (M, D)
-            weights: a weight of 0 or more for each datum; only ratios count.  # (N,)
+            weights: a weight of 0 or more for each datum; only ratios count, so that a weight of
+                2 is one datum that says more, not two: errors, which decide, are wider.  # (N,)
             validation_weights: the same for held-out data.  # (M,)
             start: ``"fresh"``: location, scale and all components anew; ``"current"``: components
                 of positive weight stay, the others are added and all are settled.
-            steps: gradient steps of a round.
+            steps: gradient steps of a round, rounded to whole epochs, of which there is one at
+                least; so are the other lengths.
             objective: ``"mixture"`` as above; ``"residual"``: all steps of a round are maximum
                 likelihood on the data drawn by $1 / q^\beta$. Maximum likelihood covers what
                 it is given, so such a component is often as broad as the mixture is.
@@ -242,22 +222,16 @@ class FlowMixture(FiniteMixture[FlowParts]):
             TypeError: the data are not one tensor of floats.
             ValueError: an option is out of its range, or the data are too few, constant, or not
                 finite.
+            NonFiniteLoss: the first component cannot be trained; later ones are put back.
 
         Reference:
             Giaquinto and Banerjee, Gradient boosted flows (2020), sections 3.2 and 5.1.1; Rosset
             and Segal, Boosting density estimation (2002), section 2.
         """
-        if start not in ("fresh", "current"):
-            raise ValueError(f'FlowMixture.fit: start is {start!r}; pass "fresh" or "current".')
-        refused = sorted(set(settings) & {"epochs", "loss", "checkpoint", "checkpoint_every"})
-        if refused:
-            raise ValueError(
-                f"FlowMixture.fit: {refused[0]} has no meaning for a sequence of fits; lengths "
-                "are steps, pass_steps and joint_steps."
-            )
         if "optimizer" not in settings:
             settings = {"lr": 5e-3, **settings}
         options = Options(
+            start=start,
             steps=steps,
             objective=objective,
             ess=ess,
@@ -269,15 +243,14 @@ class FlowMixture(FiniteMixture[FlowParts]):
             batch_size=batch_size,
             settings=settings,
         )
-        train = self._weighted("data", data, weights)
+        train = weighed(self.components, "data", data, weights)
         held_out = None
         if validation is not None:
-            held_out = self._weighted("validation", validation, validation_weights)
+            held_out = weighed(self.components, "validation", validation, validation_weights)
         elif validation_weights is not None:
             raise ValueError("FlowMixture.fit: validation_weights came without validation data.")
-        self.visible_shape = tuple(data.shape[1:])
         with nullcontext() if seed is None else forked_rng(seed):
-            return Growth(self, train, held_out, options).run(fresh=start == "fresh")
+            return Growth(self, train, held_out, options).run()
 
     def match(
         self,
@@ -286,6 +259,7 @@ class FlowMixture(FiniteMixture[FlowParts]):
         steps: int = 2000,
         batch_size: int = 128,
         num_samples: int = 10_000,
+        annealing: int = 0,
         seed: int | None = None,
         **settings: Any,
     ) -> Matched:
@@ -302,6 +276,8 @@ class FlowMixture(FiniteMixture[FlowParts]):
             steps: gradient steps of a round.
             batch_size: draws in a gradient step.
             num_samples: draws for the estimate of log Z.
+            annealing: steps in which the power of the density rises from 0.01 to 1 while the
+                first component is trained, so that it spreads before it settles.
             seed: seed of all random streams; ``None`` draws one from the global generator.
             **settings: settings of :func:`pyroboost.infer.boost`: ``finetune``, ``objective``,
                 ``floor``, ``joint``, ``lr`` (5e-3 where left out), ``clip_norm`` (10), ...
@@ -320,7 +296,9 @@ class FlowMixture(FiniteMixture[FlowParts]):
             True
 
         Reference:
-            Giaquinto and Banerjee, Gradient boosted flows (2020), Eq. 11 and section 5.1.2.
+            Giaquinto and Banerjee, Gradient boosted flows (2020), Eq. 11 and section 5.1.2;
+            Rezende and Mohamed, Variational inference with normalizing flows (2015), Eq. 20:
+            annealing.
         """
         settings = {"num_particles": batch_size, "clip_norm": 10.0, **settings}
         if "optimizer" not in settings:
@@ -330,22 +308,6 @@ class FlowMixture(FiniteMixture[FlowParts]):
                 self.components,
                 log_density,
                 num_samples,
+                annealing,
                 {"steps": steps, "seed": seed, **settings},
             )
-
-    def _weighted(
-        self, name: str, x: Tensor, weights: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Check data and leave out those of weight 0."""
-        if not isinstance(x, Tensor):
-            raise TypeError(
-                f"FlowMixture.fit: {name} is {type(x).__name__}; boosting weighs all data at once, "
-                "so pass one tensor (N, D)."
-            )
-        check_data(x, 1, f"FlowMixture.fit ({name})")
-        self.components.check(x)
-        x = x.detach().to(self.components.loc)
-        if weights is None:
-            return x, None
-        (kept,), found = weighted_rows((x,), weights, f"{name} weights")
-        return kept, found.to(kept)

@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyroboost.evaluation import _traces as tr
 from pyroboost.evaluation._groups import Draws, Group, Variable, data_dim
+from pyroboost.evaluation._together import runs
 from pyroboost.handlers import is_plate
 from pyroboost.program import Program
 
-__all__ = ["Collected", "collect", "columns", "draw_guide", "gather", "imposed", "read"]
+__all__ = ["Collected", "collect", "columns", "draw_guide", "gather", "read"]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def collect(item: tr.Subject, args: Sequence[Any], count: int) -> Collected:
     """Run the guide, and the model after it, S times."""
     if count < 1:
         raise ValueError(f"{item.name}: num_samples is {count}; ask for at least one draw.")
-    return gather(item, args, tr.traced(item, args, count))
+    return gather(item, args, runs(item, args, count))
 
 
 def gather(item: tr.Subject, args: Sequence[Any], runs: Iterable[tr.Traced]) -> Collected:
@@ -106,28 +106,6 @@ def gather(item: tr.Subject, args: Sequence[Any], runs: Iterable[tr.Traced]) -> 
     assert where is not None
     p, q = log_p.variable().values, log_q.variable().values
     return Collected(item, where, group.variables(), latent, p, q, dims)
-
-
-class _Impose(Messenger):
-    """Give sample sites values from elsewhere; unlike conditioned ones, they stay latent."""
-
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.values = values
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.values and not is_plate(msg) and not msg["is_observed"]:
-            msg["value"], msg["done"] = self.values[msg["name"]], True
-
-
-def imposed(program: Callable[..., Any], values: Mapping[str, Tensor]) -> Callable[..., Any]:
-    """Return the program with its latent sites at these values."""
-
-    def run(*args: Any) -> Any:
-        with _Impose(values):
-            return program(*args)
-
-    return run
 
 
 def draw_guide(guide: Callable[..., Any], args: Sequence[Any], count: int) -> dict[str, Tensor]:

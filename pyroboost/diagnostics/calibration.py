@@ -10,15 +10,13 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from pyroboost import _arviz
-from pyroboost.contexts import service
 from pyroboost.diagnostics import _uniformity
 from pyroboost.diagnostics._draws import columns, draw_guide
+from pyroboost.diagnostics._simulation import places, replaced, simulate
 from pyroboost.evaluation._groups import Variable, dataset
-from pyroboost.handlers import is_plate, unobserve
 from pyroboost.metamodel import MetaModel
 from pyroboost.program import Program
 
@@ -195,12 +193,12 @@ def vsbc(
             f"vsbc: {replicates} replicates of {num_samples} draws; ask for at least ten data sets "
             "and one draw."
         )
-    places = None if rebuild else _places(model, args)
+    at = {} if rebuild else places(model, args)
     kept: dict[str, list[Tensor]] = {}
     truths: dict[str, list[Tensor]] = {}
     for _ in range(replicates):
-        truth, data = _simulate(model, args)
-        new = rebuild(data) if rebuild else _replaced(args, places or {}, data)
+        truth, data = simulate(model, args)
+        new = rebuild(data) if rebuild else replaced(args, at, data)
         with ExitStack() as stack:
             if fit is not None:
                 stack.enter_context(_own_store())
@@ -208,14 +206,8 @@ def vsbc(
         for name in _judged(truth, draws, sites):
             kept.setdefault(name, []).append(_probability(name, draws[name], truth[name]))
             truths.setdefault(name, []).append(truth[name])
-    for name, values in kept.items():
-        if len({v.shape for v in values}) > 1 or len(values) < replicates:
-            raise ValueError(f"vsbc: '{name}' changes its shape or is not always drawn.")
-    return Calibration(
-        {n: torch.stack(v) for n, v in kept.items()},
-        {n: torch.stack(v) for n, v in truths.items()},
-        num_samples,
-    )
+    found = {n: _stacked(n, v, replicates) for n, v in kept.items()}
+    return Calibration(found, {n: torch.stack(v) for n, v in truths.items()}, num_samples)
 
 
 def _parts(pair: Any, fit: Any) -> tuple[Program, Callable[..., Any]]:
@@ -230,73 +222,6 @@ def _parts(pair: Any, fit: Any) -> tuple[Program, Callable[..., Any]]:
     if both:
         return Program(pair[0], "model"), Program(pair[1], "guide")
     return Program(pair, "model"), pair
-
-
-def _run(model: Program, args: Sequence[Any], drawn: Sequence[str]) -> dict[str, Any]:
-    with service(model), ExitStack() as stack:
-        for name in drawn:
-            stack.enter_context(unobserve(name))
-        trace = poutine.trace(model).get_trace(*args)
-    sites = {n: s for n, s in trace.nodes.items() if s["type"] == "sample" and not is_plate(s)}
-    return {n: s for n, s in sites.items() if not s["infer"].get("_deterministic")}
-
-
-def _observed(sites: dict[str, Any]) -> list[str]:
-    observed = [n for n, s in sites.items() if s["is_observed"]]
-    factors = [n for n in observed if not sites[n]["value"].numel()]
-    if factors or not observed:
-        what = f"scores {factors[0]!r} by pyro.factor" if factors else "observes nothing"
-        raise ValueError(
-            f"vsbc: the model {what}, so that no data can be simulated from it; write what it "
-            "scores as a sample site with obs=...."
-        )
-    for name, site in sites.items():
-        if bool(torch.as_tensor(site["scale"] != 1).any()):
-            raise ValueError(
-                f"vsbc: '{name}' is scaled for a subsample; pass all the data at once."
-            )
-    return observed
-
-
-def _places(model: Program, args: Sequence[Any]) -> dict[str, int]:
-    """Find which argument each observed site is."""
-    sites = _run(model, args, ())
-    places: dict[str, int] = {}
-    for name in _observed(sites):
-        value = sites[name]["value"]
-        same = [i for i, a in enumerate(args) if a is value]
-        same = same or [
-            i
-            for i, a in enumerate(args)
-            if isinstance(a, Tensor) and a.shape == value.shape and torch.equal(a, value)
-        ]
-        if len(same) != 1 or same[0] in places.values():
-            raise ValueError(
-                f"vsbc: the observed site '{name}' is {len(same)} of the arguments; pass the data "
-                "as arguments, or rebuild=... that makes the arguments from simulated sites."
-            )
-        places[name] = same[0]
-    return places
-
-
-def _replaced(
-    args: Sequence[Any], places: dict[str, int], data: dict[str, Tensor]
-) -> tuple[Any, ...]:
-    new = list(args)
-    for name, index in places.items():
-        new[index] = data[name].to(args[index].dtype)
-    return tuple(new)
-
-
-def _simulate(model: Program, args: Sequence[Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Draw parameters and data from the model; return both by site."""
-    observed = _observed(_run(model, args, ()))
-    sites = _run(model, args, observed)
-    values = {name: site["value"].detach() for name, site in sites.items()}
-    return (
-        {n: v for n, v in values.items() if n not in observed},
-        {n: values[n] for n in observed},
-    )
 
 
 @contextmanager
@@ -319,6 +244,12 @@ def _judged(
             f"({', '.join(draws)}); name sites that both draw."
         )
     return both if sites is None else list(sites)
+
+
+def _stacked(name: str, values: list[Tensor], count: int) -> Tensor:
+    if len({v.shape for v in values}) > 1 or len(values) < count:
+        raise ValueError(f"vsbc: '{name}' changes its shape or is not always drawn.")
+    return torch.stack(values)
 
 
 def _probability(name: str, draws: Tensor, truth: Tensor) -> Tensor:

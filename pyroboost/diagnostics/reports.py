@@ -7,19 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from pyroboost import _arviz
 from pyroboost.diagnostics._draws import Collected, collect, read
+from pyroboost.diagnostics._groups import container, sets
 from pyroboost.diagnostics._reference import Reference, read_reference
 from pyroboost.diagnostics.comparison import Comparison, compare
 from pyroboost.diagnostics.expectations import Expectation, expectation
 from pyroboost.diagnostics.upper_bound import upper_bound
 from pyroboost.evaluation import _traces as tr
-from pyroboost.evaluation._groups import Variable, dataset
-from pyroboost.evaluation.posterior import Estimate, PosteriorQuality, _judge
-from pyroboost.sampling.psis import psis, psis_resample
+from pyroboost.evaluation.posterior import Estimate, PosteriorQuality, judge
 
 __all__ = ["PosteriorReport", "report"]
 
@@ -123,45 +120,28 @@ class PosteriorReport:
             text += (
                 " That is more than a nat: the reference has mass where the guide hardly draws, so "
                 "that k-hat, ESS, gap and evidence above, all from the guide's draws, do not count "
-                "it."
+                "it. Where the guide is much too narrow a few far draws of the reference make most "
+                "of the bound, and its error, of those same draws, is itself noisy and mostly too "
+                "small."
             )
         return text
 
     def __str__(self) -> str:
         return self.describe()
 
-    def _sets(self) -> dict[str, dict[str, Tensor]]:
-        drawn = self._drawn
-        chosen = psis_resample(drawn.log_weights)
-        corrected = {}
-        for name in drawn.latent:
-            values = drawn.values(name)
-            if drawn.where.separate:
-                rows = torch.arange(values.shape[1], device=values.device)
-                axis = drawn.sites[name].data_axis
-                assert axis is not None
-                values = values[chosen, rows].movedim(1, axis)
-            else:
-                values = values[chosen[:, 0]]
-            corrected[name] = values
-        sets = {"guide": self.draws, "guide, weighted": corrected}
-        if self.reference is not None:
-            common = {n: v for n, v in self.reference.draws.items() if n in self.draws}
-            sets["reference"] = common
-        return sets
-
     def plot(self, names: Sequence[str] | None = None) -> Any:
         """Draw marginals: of the guide, weighted, and of the reference; return the ``Figure``."""
         from pyroboost.plotting_posterior import plot_marginals
 
-        return plot_marginals(self._sets(), names=names)
+        return plot_marginals(sets(self._drawn, self.reference), names=names)
 
     def plot_pairs(self, names: Sequence[str] | None = None) -> Any:
         """Draw pairs of coordinates of guide and reference; return the ``Figure``."""
         from pyroboost.plotting_posterior import plot_pairs
 
-        sets = {k: v for k, v in self._sets().items() if k != "guide, weighted"}
-        return plot_pairs(sets, names=names)
+        shown = sets(self._drawn, self.reference)
+        shown.pop("guide, weighted")
+        return plot_pairs(shown, names=names)
 
     def to_arviz(self) -> Any:
         """Return ArviZ's container with draws, weights and reference.
@@ -170,47 +150,8 @@ class PosteriorReport:
         ``log_weight`` and smoothed normalised ``log_psis_weight``, ``reference`` the reference's
         draws by chain; the bounds are attributes of ``sample_stats``.
         """
-        drawn = self._drawn
-        axis = -1 if drawn.where.separate else None
-        smoothed = psis(drawn.log_weights).log_weights.reshape(drawn.log_p.shape)
-        stats = {
-            "log_p": drawn.log_p,
-            "log_q": drawn.log_q,
-            "log_weight": drawn.log_p - drawn.log_q,
-            "log_psis_weight": smoothed,
-        }
-        numbers = {"elbo": self.elbo, "evidence": self.evidence, "eubo": self.eubo}
-        attrs = {name: str(value) for name, value in numbers.items() if value is not None}
-        groups = {
-            "posterior": dataset("posterior", drawn.sites, {}),
-            "sample_stats": dataset(
-                "sample_stats",
-                {name: Variable(v, drawn.dims, axis) for name, v in stats.items()},
-                attrs,
-            ),
-        }
-        if self.reference is not None:
-            groups["reference"] = self._chains(self.reference)
-        return _arviz.container(groups)
-
-    def _chains(self, reference: Reference) -> Any:
-        import xarray
-
-        dims = {
-            name: self._drawn.sites[name].dims
-            if name in self._drawn.sites
-            else [f"{name}_dim_{i}" for i in range(value.dim() - 2)]
-            for name, value in reference.chains.items()
-        }
-        chains = [
-            dataset(
-                "reference",
-                {n: Variable(v[c], dims[n]) for n, v in reference.chains.items()},
-                {},
-            ).assign_coords(chain=[c])
-            for c in range(len(next(iter(reference.chains.values()))))
-        ]
-        return xarray.concat(chains, dim="chain")
+        bounds = {"elbo": self.elbo, "evidence": self.evidence, "eubo": self.eubo}
+        return container(self._drawn, self.reference, bounds)
 
 
 def report(
@@ -268,7 +209,7 @@ def report(
     """
     item = read(pair, args, visible, "report")
     drawn = collect(item, args, num_samples)
-    quality = _judge(drawn.log_weights, item, not drawn.where.separate)
+    quality = judge(drawn.log_weights, item, not drawn.where.separate)
     moments = {
         name: expectation(drawn, name, name, tails=False)
         for name in drawn.latent

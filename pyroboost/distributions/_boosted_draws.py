@@ -13,10 +13,11 @@ from pyroboost.distributions._boosted_scores import (
     in_blocks,
     limit_of,
     push_all,
-    score_all,
+    score_base,
     together,
 )
 from pyroboost.flows import Flow
+from pyroboost.flows._stacked import alike
 
 __all__ = ["Draw", "draw", "rows_of", "score_draw"]
 
@@ -72,11 +73,7 @@ def score_draw(
     flows are inverted at all points side by side; if many, each at those of the others alone.
     """
     if len(flows) > 1 and _few(flows, made.value, memory):
-        own = base.log_prob(made.source) - made.log_det
-        scores = score_all(base, [*flows.values()], made.value, context, memory)
-        return [
-            torch.where(made.drawn == c, own, score) for c, score in zip(flows, scores, strict=True)
-        ]
+        return _score_few(base, made, flows, context)
     scores = []
     for c, flow in flows.items():
         others, source, log_det = made.drawn != c, made.source, -made.log_det
@@ -84,8 +81,27 @@ def score_draw(
             source = source.clone()
             found = _on_rows(flow, made.value, others, context, memory, inverse=True)
             source[others], log_det[others] = found
-        scores.append(base.log_prob(source) + log_det)
+        scores.append(score_base(base, source) + log_det)
     return scores
+
+
+def _score_few(
+    base: TorchDistribution, made: Draw, flows: Mapping[int, Flow], context: Tensor | None
+) -> list[Tensor]:
+    """Invert all flows at all points, side by side, and put each draw's own source in its place.
+
+    Rounding may have made the inverse of a flow's own draw infinite, which the base would refuse.
+    """
+    listed, numbers = [*flows.values()], torch.tensor([*flows], device=made.drawn.device)
+    found: dict[int, Tensor] = {}
+    for group in alike(listed):
+        points = made.value.expand(len(group), *made.value.shape)
+        z0, log_det = together([listed[i] for i in group], inverse=True)(points, context)
+        own = made.drawn == numbers[group].view(-1, *[1] * made.drawn.dim())
+        z0 = torch.where(own.unsqueeze(-1), made.source, z0)
+        scores = score_base(base, z0) + torch.where(own, -made.log_det, log_det)
+        found.update(zip(group, scores.unbind(), strict=True))
+    return [found[i] for i in range(len(listed))]
 
 
 def rows_of(context: Tensor | None, rows: Tensor) -> Tensor | None:

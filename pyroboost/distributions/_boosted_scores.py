@@ -12,7 +12,7 @@ from pyroboost.flows import Flow
 from pyroboost.flows._costs import numbers_per_row
 from pyroboost.flows._stacked import Stack, alike
 
-__all__ = ["in_blocks", "limit_of", "push_all", "score_all", "together"]
+__all__ = ["in_blocks", "limit_of", "push_all", "score_all", "score_base", "score_each", "together"]
 
 _MANY = 1000  # rows above which the work itself costs more than the calls that it takes
 _BLOCK = 10_000  # rows of a block at most: larger ones leave the cache and are slower
@@ -38,36 +38,55 @@ def score_all(
     Returns:
         One tensor of log densities in nats for each flow.  # (*S, *B)
     """
+    return score_each(base, flows, value.unsqueeze(0), context, memory)
+
+
+def score_each(
+    base: TorchDistribution,
+    flows: Sequence[Flow],
+    points: Tensor,
+    context: Tensor | None,
+    memory: float,
+) -> list[Tensor]:
+    r"""Return :math:`\log g_c` of every flow at its own points (C, \*S, \*B, D), or at one set."""
     found: dict[int, Tensor] = {}
+    many = points.shape[1:-1].numel() > _MANY
     for group in alike(flows):
-        chosen = [flows[i] for i in group]
-        sets = [[flow] for flow in chosen] if value.shape[:-1].numel() > _MANY else [chosen]
-        parts = [_score_group(base, some, value, context, memory) for some in sets]
-        found.update(zip(group, (score for part in parts for score in part), strict=True))
+        for some in [[i] for i in group] if many else [group]:
+            own = points if len(points) == 1 else points[some]
+            scores = _score_group(base, [flows[i] for i in some], own, context, memory)
+            found.update(zip(some, scores, strict=True))
     return [found[i] for i in range(len(flows))]
 
 
 def _score_group(
     base: TorchDistribution,
     flows: Sequence[Flow],
-    value: Tensor,
+    points: Tensor,
     context: Tensor | None,
     memory: float,
 ) -> tuple[Tensor, ...]:
     """Score flows of one shape, a block of samples at a time."""
-    limit, each = limit_of(flows, value, memory), base.batch_shape.numel()
+    limit, each = limit_of(flows, points, memory), base.batch_shape.numel()
     run = together(flows, inverse=True)
 
     def score(part: Tensor) -> Tensor:
-        z0, log_det = in_blocks(run, part, context, limit)
-        return torch.as_tensor(base.log_prob(z0)) + log_det
+        wide = part.expand(len(flows), *part.shape[1:])
+        z0, log_det = in_blocks(run, wide, context, limit)
+        return score_base(base, z0) + log_det
 
-    if value.shape[:-1].numel() <= limit:
-        return score(value.expand(len(flows), *value.shape)).unbind()
-    samples = value.reshape(-1, *base.batch_shape, value.shape[-1])
-    parts = torch.split(samples, max(1, limit // max(1, each)))
-    scores = torch.cat([score(part.expand(len(flows), *part.shape)) for part in parts], 1)
-    return scores.reshape(len(flows), *value.shape[:-1]).unbind()
+    shape = points.shape[1:-1]
+    if shape.numel() <= limit:
+        return score(points).unbind()
+    samples = points.reshape(len(points), -1, *base.batch_shape, points.shape[-1])
+    parts = torch.split(samples, max(1, limit // max(1, each)), 1)
+    scores = torch.cat([score(part) for part in parts], 1)
+    return scores.reshape(len(flows), *shape).unbind()
+
+
+def score_base(base: TorchDistribution, z0: Tensor) -> Tensor:
+    """Return log densities of points of the base; torch cannot sum those of no points."""
+    return torch.as_tensor(base.log_prob(z0)) if z0.numel() else z0.sum(-1)
 
 
 def push_all(flows: Sequence[Flow], z0: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:

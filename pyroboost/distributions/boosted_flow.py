@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -18,21 +18,14 @@ from pyroboost.distributions._boosted_checks import (
     check_weights,
 )
 from pyroboost.distributions._boosted_draws import Draw, draw, rows_of, score_draw
-from pyroboost.distributions._boosted_scores import push_all, score_all
+from pyroboost.distributions._boosted_scores import score_all, score_base
+from pyroboost.distributions._boosted_sums import ComponentSums, Strata
 from pyroboost.flows import Flow
 
 __all__ = ["BoostedFlow", "Strata"]
 
 
-class Strata(NamedTuple):
-    """Draws from every component, and the weights that make sums over them expectations."""
-
-    values: Tensor  # (C, *S, *B, D)
-    weights: Tensor  # (C)
-    log_prob: Tensor | None  # of the whole mixture, (C, *S, *B)
-
-
-class BoostedFlow(TorchDistribution):
+class BoostedFlow(ComponentSums):
     r"""A convex combination of flows over one base, scored exactly.
 
     .. math:: q(z) = \sum_c w_c\, g_c(z), \qquad
@@ -270,7 +263,7 @@ class BoostedFlow(TorchDistribution):
             raise IndexError(f"BoostedFlow: no component {c}; there are {len(self.components)}.")
         z0 = self._source(sample_shape)
         value, log_det = self.components[c](z0, self.context)
-        return value, self.base.log_prob(z0) - log_det
+        return value, score_base(self.base, z0) - log_det
 
     def _source(self, sample_shape: Any) -> Tensor:
         """Draw from the base, with its pathwise gradient if it has one."""
@@ -281,66 +274,6 @@ class BoostedFlow(TorchDistribution):
             )
         make = self.base.rsample if self.base.has_rsample else self.base.sample
         return make(torch.Size(sample_shape))
-
-    # Sums over components
-
-    def stratified(self, sample_shape: Any = (), *, score: bool = False) -> Strata:
-        r"""Draw from every component, so that no expectation is noisy in the component.
-
-        .. math:: E_q[h] = \sum_c w_c\, E_{g_c}[h]
-
-        Values carry pathwise gradients and the weights their own, so
-        `(s.weights.view(-1, ...) * h(s.values)).sum(0)` has the gradient of everything.
-
-        Args:
-            sample_shape: shape (*S) of the draws from each component.
-            score: also give the log density of the mixture at all draws, for which the draws
-                of each component are passed back through the others.
-
-        Returns:
-            Values, of components of weight 0 too; weights; log q of the values, or None.
-        """
-        count = len(self.components)
-        z0 = self._source((count, *sample_shape))
-        values, log_det = push_all(self.components, z0, self.context)
-        if not score:
-            return Strata(values, self.weights, None)
-        active = self._active
-        scores = self._scores(active, values) if count > 1 else [values.new_zeros(())]
-        own = self.base.log_prob(z0) - log_det
-        number = torch.arange(count, device=z0.device).view(-1, *[1] * (own.dim() - 1))
-        terms = [
-            torch.where(number == c, own, score) for c, score in zip(active, scores, strict=True)
-        ]
-        return Strata(values, self.weights, self._mix(active, terms))
-
-    def expectation(
-        self, function: Callable[[Tensor], Tensor], num_samples: int
-    ) -> tuple[Tensor, Tensor]:
-        r"""Estimate :math:`E_q[h(z)]` by draws from every component of positive weight.
-
-        Args:
-            function: h, of points (S, *B, D), to values (S, *B) or (S, *B, ...).
-            num_samples: S, the draws from each component, two or more.
-
-        Returns:
-            The estimate and its standard error.  # (*B, ...), (*B, ...)
-
-        Raises:
-            ValueError: if there are too few draws.
-        """
-        if num_samples < 2:
-            raise ValueError(
-                f"BoostedFlow.expectation: num_samples is {num_samples}; give two or more, so that "
-                "the error can be told."
-            )
-        mean, variance = torch.zeros(()), torch.zeros(())
-        for c in self._active:
-            values = function(self.rsample_component(c, (num_samples,)))
-            weight = self.log_weights[c].exp()
-            mean = mean + weight * values.mean(0)
-            variance = variance + weight.detach() ** 2 * values.detach().var(0) / num_samples
-        return mean, variance.sqrt()
 
     def __repr__(self) -> str:
         pairs = zip(self.components, self.weights.tolist(), strict=True)

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from pyroboost.evaluation import _traces as tr
+from pyroboost.evaluation._together import runs
 from pyroboost.evaluation.weights import log_weights
 from pyroboost.likelihood import Kind, weakest
 from pyroboost.sampling import effective_sample_size, log_mean_exp
 from pyroboost.sampling.psis import good_k, psis
 
-__all__ = ["Estimate", "PosteriorQuality", "posterior_quality"]
+__all__ = ["Estimate", "PosteriorQuality", "judge", "posterior_quality"]
 
 
 @dataclass(frozen=True)
@@ -180,20 +181,27 @@ def posterior_quality(
         table = log_weights(item.pair, data, *args, num_samples=num_samples, **options)
     else:
         table, shared = _weights(item, everything, num_samples)
-    return _judge(table, item, shared)
+    return judge(table, item, shared)
 
 
 def _weights(item: tr.Subject, args: Sequence[Any], count: int) -> tuple[Tensor, bool]:
     rows: list[Tensor] = []
     where: tr.Layout | None = None
-    for run in tr.traced(item, args, count):
+    for run in runs(item, args, count):
         where = where or tr.layout(item, run, args)
         row = where.total(run.model, run.scored) - where.total(run.guide, list(run.guide))
         rows.append(row.reshape(-1))
     return torch.stack(rows), where is not None and not where.separate
 
 
-def _judge(table: Tensor, item: tr.Subject, shared: bool) -> PosteriorQuality:
+def judge(table: Tensor, item: tr.Subject, shared: bool) -> PosteriorQuality:
+    r"""Judge a guide by log weights that are at hand.
+
+    Args:
+        table: log weights, $\log m(x, h) - \log q(h \mid x)$, in nats.  # (S, N)
+        item: the pair that they are of.
+        shared: whether all data share hidden values; N is 1 then.
+    """
     single, eps = psis(table).pareto_k, torch.finfo(table.dtype).eps
     table = table.double()
     # Constants of each datum do not matter, but their rounding would grow with the sum.

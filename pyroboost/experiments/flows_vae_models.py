@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -159,19 +160,24 @@ def boosted(
         **more,
         **_lengths(sizes.first, sizes, run),
     )
-    report = boost(
-        pair,
-        found.train,
-        validation=found.validation,
-        start=1,
-        annealing=sizes.epochs / 4,
-        blend=blend,
-        finetune=0,
-        seed=100 * seed,
-        checkpoints=place,
-        **more,
-        **_lengths(sizes.epochs, sizes, run),
-    )
+    lengths = _lengths(sizes.epochs, sizes, run)
+    if sizes.frozen:
+        how: dict[str, Any] = {**lengths, **_FROZEN}
+    else:
+        floor = 10.0 / sizes.latent  # 10 nats in all
+        how = {**lengths, "annealing": sizes.epochs / 4, "blend": blend, "floor": floor}
+    with _networks(pair, still=sizes.frozen):
+        report = boost(
+            pair,
+            found.train,
+            validation=found.validation,
+            start=1,
+            finetune=0,
+            seed=100 * seed,
+            checkpoints=place,
+            **more,
+            **how,
+        )
     return pair, report, first.seconds + seconds_of(report)
 
 
@@ -187,18 +193,38 @@ def finetuned(
 ) -> Boosting:
     """Fine-tune a boosted model in place, each component in turn."""
     more: dict[str, Any] = {} if watch is None else {"callbacks": [watch(pair)]}
-    return boost(
-        pair,
-        found.train,
-        validation=found.validation,
-        start=sizes.components,
-        finetune=1,
-        finetune_length=sizes.finetune,
-        seed=100 * seed + 1,
-        checkpoints=_made(run.checkpoints(f"seed{seed}", folder)),
-        **more,
-        **_lengths(sizes.finetune, sizes, run),
-    )
+    lengths = _lengths(sizes.finetune, sizes, run)
+    with _networks(pair, still=sizes.frozen):
+        return boost(
+            pair,
+            found.train,
+            validation=found.validation,
+            start=sizes.components,
+            finetune=1,
+            finetune_length=sizes.finetune,
+            seed=100 * seed + 1,
+            checkpoints=_made(run.checkpoints(f"seed{seed}", folder)),
+            **more,
+            **({**lengths, **_FROZEN} if sizes.frozen else lengths),
+        )
+
+
+_FROZEN: dict[str, Any] = {"objective": "mixture", "lr": 5e-3, "blend": 0.0}
+
+
+@contextmanager
+def _networks(pair: VAE, *, still: bool) -> Iterator[None]:
+    """Hold still all of a model but its flows."""
+    guide: Any = pair.guide.fn
+    flows = {id(p) for p in guide.components.parameters()}
+    rest = [p for p in pair.parameters() if id(p) not in flows and p.requires_grad] if still else []
+    for p in rest:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in rest:
+            p.requires_grad_(True)
 
 
 def _made(folder: Path) -> Path:

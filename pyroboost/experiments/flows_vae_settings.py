@@ -44,9 +44,11 @@ class Sizes:
 
     Args:
         first: passes over the data for the first component.
-        epochs: passes for each further one; other models get as many as all together.
+        epochs: passes for each further one.
         components: C of the boosted model.
         finetune: passes for each component in the fine-tuning of GBF+.
+        frozen: whether encoder and decoder stay as the first component's training left them, so
+            that boosting changes the posterior alone.
         network: the convolutional one of the paper's appendix B, or a small dense one.
         width: units of the dense network's layers.
         layers: its layers.
@@ -68,6 +70,7 @@ class Sizes:
     epochs: int
     components: int = 4
     finetune: int = 50
+    frozen: bool = False
     network: Literal["gated", "dense"] = "gated"
     width: int = 300
     layers: int = 2
@@ -86,8 +89,8 @@ class Sizes:
 
     @property
     def total(self) -> int:
-        """Epochs of a model that is not boosted."""
-        return self.first + self.epochs * (self.components - 1)
+        """Epochs of a model that is not boosted: those in which a boosted one's networks train."""
+        return self.first + (0 if self.frozen else self.epochs * (self.components - 1))
 
 
 _SMOKE: dict[str, Any] = {
@@ -104,7 +107,8 @@ _SMOKE: dict[str, Any] = {
     "importance": 5,
 }
 _SMALL: dict[str, Any] = {
-    "components": 2,
+    "components": 3,
+    "frozen": True,
     "latent": 32,
     "steps": 8,
     "couplings": 4,
@@ -127,10 +131,10 @@ def sizes_of(kind: Kind, scale: Scale) -> Sizes:
         units = 512 if kind in ("mnist", "omniglot") else 256
         return Sizes(first=1000, epochs=1000, units=units, patience=100)
     if kind == "frey":
-        return Sizes(first=60, epochs=40, finetune=10, batch_size=25, **_SMALL, **_SLIM)
+        return Sizes(first=60, epochs=20, finetune=10, batch_size=25, **_SMALL, **_SLIM)
     if kind == "caltech":
-        return Sizes(first=80, epochs=50, finetune=10, **_SMALL, **_DENSE)
-    return Sizes(first=10, epochs=6, finetune=2, **_SMALL, **_DENSE)
+        return Sizes(first=60, epochs=20, finetune=10, **_SMALL, **_DENSE)
+    return Sizes(first=6, epochs=2, finetune=1, **_SMALL, **_DENSE)
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,12 +34,15 @@ class Posterior:
         reference: draws from the posterior, given a function that runs NUTS on a program with
             its data and, by name, values of sites at which to start.
         words: where the reference comes from.
+        judged: what of the draws of NUTS, (chains, draws, ...) each, says whether they have mixed,
+            where labels that switch do not matter.
     """
 
     model: Callable[..., Any]
     data: Callable[[torch.Generator], tuple[Any, ...]]
     reference: Callable[[Sampler, tuple[Any, ...], torch.Generator], Draws]
     words: str = "NUTS"
+    judged: Callable[[Draws], Draws] = dict
 
 
 def _none(generator: torch.Generator) -> tuple[Any, ...]:
@@ -133,6 +136,13 @@ def _mixture_draws(run: Sampler, data: tuple[Any, ...], generator: torch.Generat
         found[name] = torch.where(swap[:, None], found[name].flip(-1), found[name])
     found["share"] = torch.where(swap, 1 - found["share"], found["share"])
     return found
+
+
+def _by_size(found: Draws) -> Draws:
+    """Label the groups by their means."""
+    order = found["mu"].argsort(-1)
+    share = torch.where(order[..., 0] == 0, found["share"], 1 - found["share"])
+    return {n: found[n].gather(-1, order) for n in ("mu", "sigma")} | {"share": share}
 
 
 # Regressions
@@ -258,7 +268,11 @@ POSTERIORS: dict[str, Posterior] = {
     "funnel": Posterior(funnel, _none, _funnel_draws, "exact draws"),
     "banana": Posterior(banana, _none, _banana_draws, "exact draws"),
     "label switching": Posterior(
-        mixture, _two_groups, _mixture_draws, "NUTS, each draw relabelled by a coin"
+        mixture,
+        _two_groups,
+        _mixture_draws,
+        "NUTS, each draw relabelled by a coin; R-hat and ESS are of groups labelled by their means",
+        _by_size,
     ),
     "horseshoe": Posterior(horseshoe, _sparse, _by_nuts(horseshoe)),
     "raw-scale regression": Posterior(raw_scale, _raw, _raw_draws, "exact conjugate draws"),

@@ -62,10 +62,16 @@ class Borrowed(nn.Module):
 
     def push(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Run the step forwards: return y and log |det dy/dx|."""
-        return self._run(x, context, inverse=False)
+        return self._push(x, context)
 
     def pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Run the step backwards: return x and log |det dx/dy|."""
+        return self._pull(y, context)
+
+    def _push(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self._run(x, context, inverse=False)
+
+    def _pull(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.refusal is not None:
             raise ValueError(f"Flow.inverse: step {self.label} {self.refusal}.")
         return self._run(y, context, inverse=True)
@@ -80,7 +86,7 @@ class Borrowed(nn.Module):
         if used.domain.event_dim == 0:
             log_det = (torch.zeros_like(x) + log_det).sum(-1)
         _forget(self.transform)
-        return y, log_det
+        return y, log_det.expand(y.shape[:-1])
 
 
 def _kind(transform: Any) -> str:

@@ -81,12 +81,7 @@ class Flow(ConditionalTransformModule):
         Raises:
             ValueError: if shapes do not fit or the context is missing.
         """
-        z, context = self._fit("forward", z0, context)
-        log_det = z.new_zeros(z.shape[:-1])
-        for step in self.steps:
-            z, term = step.push(z, context)
-            log_det = log_det + term
-        return z, log_det
+        return self._run(*self._fit("forward", z0, context), inverse=False)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Run the flow backwards: return z_0 with f(z_0) = z, and log |det dz_0/dz|.
@@ -94,14 +89,18 @@ class Flow(ConditionalTransformModule):
         Raises:
             ValueError: as `forward`, and if a step has no inverse.
         """
-        z0, context = self._fit("inverse", z, context)
-        log_det = z0.new_zeros(z0.shape[:-1])
-        for step in reversed(self.steps):
-            z0, term = step.pull(z0, context)
-            log_det = log_det + term
-        return z0, log_det
+        return self._run(*self._fit("inverse", z, context), inverse=True)
 
     push, pull = forward, inverse  # a flow can stand where a step can
+
+    def _run(self, z: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        """Run all steps; shapes have been checked once for all of them."""
+        log_det: Tensor | None = None
+        for step in reversed(self.steps) if inverse else self.steps:
+            given = context if step.context else None
+            z, term = step._pull(z, given) if inverse else step._push(z, given)
+            log_det = term if log_det is None else log_det + term
+        return z, z.new_zeros(z.shape[:-1]) if log_det is None else log_det
 
     def condition(self, context: Tensor | None = None) -> Transform:
         """Return the transform for a context (*B, C), or for none."""

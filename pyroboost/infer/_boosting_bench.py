@@ -83,7 +83,7 @@ class Bench:
         options = self.options
         if options.whole:
             return [(self.data.to(self.device),)]
-        source = self.validation if self.held_out else self.data
+        source = self._chosen(self.validation if self.held_out else self.data)
         batches = Batches(source, self.batch_size, self.device, shuffle=False)
         kept, count = [], 0
         with isolated_rng(self.device, self.stream("rows")):
@@ -93,6 +93,17 @@ class Bench:
                 if count >= options.evaluate_on:
                     break
         return kept
+
+    def _chosen(self, source: Any) -> Any:
+        """Return some rows of tensors, from all over: data may be sorted."""
+        parts = (source,) if isinstance(source, Tensor) else source
+        tensors = isinstance(parts, tuple | list) and all(isinstance(p, Tensor) for p in parts)
+        if not tensors or len(parts[0]) <= self.options.evaluate_on:
+            return source
+        noise = torch.Generator().manual_seed(self.stream("rows"))
+        kept = torch.randperm(len(parts[0]), generator=noise)[: self.options.evaluate_on].sort()[0]
+        chosen = tuple(part[kept.to(part.device)] for part in parts)
+        return chosen[0] if isinstance(source, Tensor) else chosen
 
     def _open(self) -> None:
         """Run the pair once, so that lazy guides are set up, and look for the components."""
@@ -113,7 +124,7 @@ class Bench:
         text = repr((self.seed, *address)).encode()
         return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")
 
-    def _track(self, stage: Stage, name: str) -> dict[str, float]:
+    def measure(self, stage: Stage, name: str) -> dict[str, float]:
         """Measure the mixture's bound with what is trained, and without it."""
         weights, few = self.components.mixing().detach(), max(2, self.draws // 10)
         active = [j for j in range(len(weights)) if weights[j] > 0]
@@ -155,7 +166,7 @@ class Bench:
             return self.options.num_samples
         if not self.options.whole:
             return 30
-        return 1000 if self.programs.vectorized else 200
+        return 1000 if self.programs.together else 200
 
     @property
     def dim(self) -> int:

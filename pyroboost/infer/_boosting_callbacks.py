@@ -8,20 +8,25 @@ from typing import Any
 from pyroboost.infer._round_law import Stage
 from pyroboost.infer.callbacks import Callback, FitState
 
-__all__ = ["Pace", "Track", "steps_per_epoch"]
+__all__ = ["Pace", "Track", "epochs_of"]
 
-_EPOCH = 100  # steps that count as an epoch, where data are the model's arguments
+_LONGEST, _LEAST = 100, 20  # steps of an epoch at most; epochs at least
 
 
-def steps_per_epoch(steps: int) -> int:
-    """Return how many steps of a whole-data round count as an epoch of its fit.
+def epochs_of(steps: int) -> tuple[int, int]:
+    """Return how many epochs a whole-data round has, and of how many steps each.
+
+    There are 20 or more where there are so many steps, since the learning rate falls and the best
+    weights are looked for by epochs. The product is the least number of steps that is not below
+    what was asked for.
 
     Example:
-        >>> steps_per_epoch(2000), steps_per_epoch(250), steps_per_epoch(7), steps_per_epoch(1999)
-        (100, 50, 7, 1999)
+        >>> epochs_of(2000), epochs_of(250), epochs_of(7), epochs_of(1999), epochs_of(20_000)
+        ((20, 100), (25, 10), (7, 1), (20, 100), (200, 100))
     """
-    best = max(d for d in range(1, min(_EPOCH, steps) + 1) if steps % d == 0)
-    return best if best >= min(20, steps) else steps
+    longest = max(1, min(_LONGEST, steps // _LEAST))
+    size = min(range(longest, (longest + 1) // 2 - 1, -1), key=lambda d: -steps % d)
+    return -(-steps // size), size
 
 
 class Pace(Callback):

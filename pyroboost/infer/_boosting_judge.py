@@ -33,12 +33,31 @@ class Decision(NamedTuple):
     pareto_k: float | None
 
 
-def base(table: Table, weights: Tensor) -> Decision:
-    """Accept the first component, which has nothing to be compared with."""
-    one = weights[list(table.components)]
-    full = tuple(weights.tolist())
-    k = table.pareto_k(one)
-    return Decision(True, True, "base", table.bound(one), None, None, full, full, (), k)
+def base(before: Table | None, after: Table, weights: Tensor) -> Decision:
+    """Accept the first component: as it has trained, unless its start was better than that.
+
+    Args:
+        before: draws from the start; ``None`` if it had no finite bound.
+        after: draws from the same noise now.
+        weights: the weights, one of which is 1.  # (C)
+    """
+    one, full = weights[list(after.components)], tuple(weights.tolist())
+    gained, keep = None, True
+    if before is not None:
+        gained = gain(after, one, before, one)
+        keep = not _worse(gained, before.bound(one))
+    table = after if keep or before is None else before
+    words = "base" if keep else "base: worse than its start, which is put back"
+    return Decision(
+        keep, True, words, table.bound(one), gained, None, full, full, (), table.pareto_k(one)
+    )
+
+
+def _worse(gained: Measured, was: Measured) -> bool:
+    """Tell whether a bound has fallen by more than its error."""
+    # What has gone wild has an error that would excuse anything: that of before counts too.
+    allowed = min(gained.error, was.error)
+    return not (math.isfinite(gained.error) and gained.value >= -allowed)
 
 
 def failure(before: Table | None, old: Tensor, words: str) -> Decision:
@@ -115,9 +134,7 @@ def judge(
 
     gained, own = gain(after, new, before, was), None
     if kind != "round":
-        # A wild component has an error that would excuse anything: that of before counts too.
-        allowed = min(gained.error, before.bound(was).error)
-        kept = math.isfinite(gained.error) and gained.value >= -allowed
+        kept = not _worse(gained, before.bound(was))
         return decide(kept, kept, "kept" if kept else "worse: put back", new if kept else was)
     assert c is not None
     place = after.components.index(c)

@@ -6,15 +6,15 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from inspect import signature
 from typing import Any
 
 import torch
-from pyro.infer import Trace_ELBO
 from torch import Tensor
 
 from pyroboost.infer import checkpoint as files
 from pyroboost.infer._boosting_bench import Bench
-from pyroboost.infer._boosting_callbacks import Pace, Track, steps_per_epoch
+from pyroboost.infer._boosting_fit import train
 from pyroboost.infer._boosting_judge import (
     Decision,
     base,
@@ -23,21 +23,13 @@ from pyroboost.infer._boosting_judge import (
     judge,
     report_fields,
 )
-from pyroboost.infer._boosting_pair import (
-    only,
-    proposer,
-    staged,
-)
+from pyroboost.infer._boosting_pair import only, proposer
 from pyroboost.infer._boosting_report import BoostedRound, Boosting
 from pyroboost.infer._boosting_state import read_state, write_state
 from pyroboost.infer._mixture_table import Table
 from pyroboost.infer._round_law import Stage
-from pyroboost.infer.batches import Batches
 from pyroboost.infer.errors import NonFiniteLoss
-from pyroboost.infer.fit import Fit, fit
 from pyroboost.infer.rng import isolated_rng
-from pyroboost.infer.stratified import StratifiedELBO
-from pyroboost.metamodel import MetaModel
 
 __all__ = ["Booster"]
 
@@ -93,6 +85,8 @@ class Booster(Bench):
             self._fresh(c, attempt)
         weights = kept[1]
         first = not any(r.accepted for r in self.rounds) and not self.options.start
+        if first:  # what a fresh start has to be better than is itself
+            kept = self._snapshot()
         kind = "plain" if first else self.options.objective
         if kind == "mixture":
             share = 1.0 / (1 + int((weights > 0).sum()))
@@ -111,6 +105,8 @@ class Booster(Bench):
         args, kwargs = (self.rows[0], {})
         if self.options.whole:
             args, kwargs = self.own_args, self.own_kwargs
+        if "attempt" in signature(propose).parameters:
+            kwargs = {**kwargs, "attempt": attempt}
         propose(c, *args, **kwargs)
 
     def _finetune(self, passed: int, c: int) -> None:
@@ -190,80 +186,35 @@ class Booster(Bench):
         (_, _, c, attempt), kind = address, stage.objective
         active = [j for j in range(len(old)) if old[j] > 0]
         first = kind == "plain"
-        before = None if first else self._table(active, "judge", *address)
+        before = self._start(active) if first else self._table(active, "judge")
         if kind in ("residual", "kl", "sampled"):
             stage.floor = self._floor(weights)
         try:
             with only(self.components, active if c is None else [c], weights):
                 with self.components.learning_weights() if c is None else nullcontext():
-                    history += self._fit(address, stage, length, first).history
+                    history += train(self, address, stage, length).history
                 trained = self.components.weights.clone()
+            if first:
+                return base(before, self._table(active, "judge"), old)
+            assert before is not None
             return self._judge(address, before, old, trained if c is None else None)
         except NonFiniteLoss as error:
             if first and attempt + 1 >= self.options.failures:
                 raise
             return failure(before, old, f"failed: {error.site or 'a density'} is not finite")
 
-    def _fit(self, address: Sequence[Any], stage: Stage, length: int, first: bool) -> Fit:
-        options, name = self.options, address[0]
-        settings = dict(options.fit)
-        callbacks = list(settings.pop("callbacks", ()))
-        if name != "round":
-            settings.pop("annealing", None)
-        data, size = self.data, self.batch_size
-        epochs = length
-        if options.whole:
-            per = steps_per_epoch(length)
-            data, epochs = torch.zeros(per, 1), length // per
-            if isinstance(settings.get("annealing"), int | float):
-                settings["annealing"] = settings["annealing"] / per
-            elif callable(schedule := settings.get("annealing")):
-                settings["annealing"] = lambda done: schedule(per * done)
-        if options.checkpoints is not None:
-            file = "-".join(map(str, address)) + ".pt"
-            settings["checkpoint"] = options.checkpoints / file
-        nesting = self.programs.nesting
-        stacked = self.programs.vectorized and options.num_particles > 1
-        pair: MetaModel = self.pair
-        loss: Any
-        if name == "joint":
-            loss = StratifiedELBO(
-                options.num_particles, max_plate_nesting=nesting, vectorize_particles=stacked
-            )
-        else:
-            pair = staged(self.pair, self.components, stage)
-            loss = Trace_ELBO(
-                num_particles=options.num_particles,
-                max_plate_nesting=nesting,
-                vectorize_particles=stacked,
-            )
-            if name == "fine-tune":
-                stage.rate = self.blend
-            elif not first and self.blend:
-                count = Batches(data, size, self.device, shuffle=False).num_batches
-                rate = Pace(stage, self.blend, epochs, count)
-                callbacks.append(rate)
-        if options.track:
-            callbacks.append(Track(lambda: self._track(stage, name)))
-        return fit(
-            pair,
-            data,
-            epochs=epochs,
-            batch_size=size,
-            validation=self.validation,
-            loss=loss,
-            callbacks=callbacks,
-            seed=self.stream("fit", *address),
-            **settings,
-        )
+    def _start(self, active: list[int]) -> Table | None:
+        """Return draws of what stands before the first round, if they are of any use."""
+        try:
+            return self._table(active, "judge")
+        except NonFiniteLoss:
+            return None
 
     def _judge(
-        self, address: Sequence[Any], before: Table | None, old: Tensor, trained: Tensor | None
+        self, address: Sequence[Any], before: Table, old: Tensor, trained: Tensor | None
     ) -> Decision:
         """Choose weights on some draws and judge them on others."""
         c = address[2]
-        if before is None:
-            return base(self._table([c], "judge", *address), old)
         active = sorted({*before.components, *([] if c is None else [c])})
 
         def draws(which: Sequence[int], *purpose: Any, draws: int | None = None) -> Table:
@@ -273,5 +224,5 @@ class Booster(Bench):
             found = choose_weights(self.options, draws, active, old, c)
         else:
             found = (trained[active], [])
-        after = self._table(active, "judge", *address)
+        after = self._table(active, "judge")
         return judge(address[0], c, before, old, after, found, self.options)

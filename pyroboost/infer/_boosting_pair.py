@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import Delta
+from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from pyroboost.contexts import service
 from pyroboost.distributions import Components
-from pyroboost.infer._mixture_draws import Programs, run
+from pyroboost.handlers import is_plate
+from pyroboost.infer._boosting_losses import DrawnELBO
+from pyroboost.infer._mixture_draws import Programs, run, run_mapped
 from pyroboost.infer._round_law import RoundLaw, Stage, at_site, scale_kl
 from pyroboost.infer.rng import isolated_rng
 from pyroboost.metamodel import MetaModel
@@ -133,6 +138,7 @@ def layout(pair: MetaModel, batch: Sequence[Any], device: torch.device, seed: in
         with at_site(lambda q: RoundLaw(q, Stage(0))):
             inner = poutine.trace(pair.guide).get_trace(*batch)
         outer = poutine.trace(poutine.replay(pair.model, trace=inner)).get_trace(*batch)
+        _check_guided(outer, inner)
         inner.compute_log_prob()
         outer.compute_log_prob()
     sites = [s for t in (inner, outer) for s in t.nodes.values() if s["type"] == "sample"]
@@ -140,25 +146,69 @@ def layout(pair: MetaModel, batch: Sequence[Any], device: torch.device, seed: in
     depths += [s["log_prob"].dim() for s in sites if "log_prob" in s]
     nesting = max(depths, default=0)
     single = Programs(pair.model, pair.guide, pair, nesting, False)
-    several = Programs(pair.model, pair.guide, pair, nesting, True)
-    return several if _stacks(single, several, batch, device, seed) else single
-
-
-def _stacks(
-    single: Programs, several: Programs, batch: Sequence[Any], device: torch.device, seed: int
-) -> bool:
-    """Tell whether two draws at once have the log densities that each has by itself."""
+    if _subsampled(sites):
+        return replace(single, subsampled=True)
     args = tuple(batch)
+    ways = [replace(single, vectorized=True)]
+    if _draws_once(inner):
+        ways.append(replace(single, mapped=True))
+    return next((way for way in ways if _agrees(single, way, args, device, seed)), single)
+
+
+def _agrees(
+    single: Programs, several: Programs, args: tuple[Any, ...], device: torch.device, seed: int
+) -> bool:
+    """Tell whether three draws at once have the log densities that each has by itself."""
+    checked = pyro.infer.util.is_validation_enabled()
     with service(single.module), isolated_rng(device, seed), pyro.validation_enabled(False):
         try:
-            values = [run(single, args, 0, [0], None) for _ in range(2)]
+            values = [run(single, args, 0, [0], None) for _ in range(3)]
             z = torch.stack([v[3] for v in values])
-            left = (1,) * (single.nesting + 2 - z.dim())
-            z = z.reshape(2, *left, *z.shape[1:])
-            both = run(several, args, 0, [0], 2, z)
+            if several.mapped:
+                both: Sequence[Tensor] = run_mapped(several, args, 0, [0], z)
+            else:
+                left = (1,) * (single.nesting + 2 - z.dim())
+                both = run(several, args, 0, [0], 3, z.reshape(3, *left, *z.shape[1:]))
+                with pyro.validation_enabled(checked):  # what Pyro says of the sites' shapes
+                    law = at_site(lambda q: RoundLaw(q, Stage(0)))
+                    loss = DrawnELBO(3, several.nesting, stacks=True)
+                    loss.loss(several.model, law(several.guide), *args)
         except Exception:  # whatever a model does with a dimension that it does not expect
             return False
-    return all(
-        torch.allclose(torch.cat([v[i] for v in values]), both[i], rtol=1e-3, atol=1e-3)
-        for i in (0, 1)
-    )
+    return all(_same(torch.cat([v[i] for v in values]), both[i]) for i in (0, 1))
+
+
+def _same(apart: Tensor, together: Tensor) -> bool:
+    """Compare up to rounding: a share of a large total could hide a term that is counted twice."""
+    largest = torch.where(apart.isfinite(), apart, 0.0).abs().max()
+    least = 1e-3 + 64 * torch.finfo(apart.dtype).eps * float(largest)
+    return torch.allclose(apart, together, rtol=0.0, atol=least)
+
+
+def _subsampled(sites: Sequence[dict[str, Any]]) -> bool:
+    """Tell whether a plate takes some of its rows: draws at once would share them."""
+    frames = [f for s in sites for f in s["cond_indep_stack"]]
+    return any(f.full_size is not None and f.full_size != f.size for f in frames)
+
+
+def _check_guided(model: Trace, guide: Trace) -> None:
+    """Refuse latent sites that the guide knows nothing of: they would be trained at random."""
+    for name, site in model.nodes.items():
+        if site["type"] != "sample" or is_plate(site) or name in guide.nodes:
+            continue
+        if not (site["is_observed"] or site["infer"].get("_deterministic")):
+            raise ValueError(
+                f"boost: the model samples '{name}', of which the guide knows nothing; sum it out "
+                "in the model, for example by a mixture distribution, or sample it in the guide."
+            )
+
+
+def _draws_once(trace: Trace) -> bool:
+    """Tell whether a guide draws its boosted site and no other, outside all plates and masks."""
+    drawn = [
+        site
+        for site in trace.nodes.values()
+        if site["type"] == "sample"
+        and not (is_plate(site) or site["is_observed"] or isinstance(site["fn"], Delta))
+    ]
+    return len(drawn) == 1 and not drawn[0]["fn"].batch_shape and drawn[0]["mask"] is None

@@ -23,8 +23,10 @@ class BoostedRound:
         attempt: how many fresh starts came before.
         accepted: whether the component, or what was tuned, is part of the mixture.
         verdict: the same in words.
-        bound: the bound of the true mixture as it stands after the decision, in nats.
-        gain: what training and new weights have gained, and its error; ``None`` at first.
+        bound: the bound of the true mixture as it stands after the decision, in nats; always on
+            draws from the same noise, so that bounds of two rounds differ by the gain.
+        gain: what training and new weights have gained, and its error: for the first component
+            over its start, ``None`` where that had no finite bound.
         own: what the component itself adds with the networks of now, and its error: the bound
             with the new weights less that without it.
         weights: the weights as they stand after the decision.

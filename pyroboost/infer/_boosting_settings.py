@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from pyroboost.infer._mixture_weights import WeightDescent
 from pyroboost.infer._round_law import OBJECTIVES
@@ -44,7 +47,7 @@ class BoostSettings:
     start: int
     failures: int
     threshold: float
-    num_particles: int
+    num_particles: int | None
     num_samples: int | None
     evaluate_on: int
     track: bool
@@ -97,6 +100,31 @@ class BoostSettings:
     def length(self) -> int:
         """Steps or epochs of a round."""
         return int(self.steps if self.steps is not None else self.epochs or 0)
+
+    def particles(self, together: bool) -> int:
+        """Return the draws of the training loss, more where they are taken together."""
+        if self.num_particles is not None:
+            return self.num_particles
+        return (16 if together else 4) if self.whole else 1
+
+    def fit_settings(self, epochs: int, together: bool) -> dict[str, Any]:
+        """Return the settings of a fit; for whole data, those that were left out are chosen.
+
+        Args:
+            epochs: epochs of the fit.
+            together: whether draws are taken together.
+        """
+        given = dict(self.fit)
+        if not self.whole:
+            return given
+        if given.get("lr") is None and given.get("optimizer") is None:
+            given["lr"] = 5e-3
+        own = {
+            "scheduler": partial(CosineAnnealingLR, T_max=epochs),
+            "clip_norm": 10.0,
+            "num_validation_particles": 200 if together else 16,
+        }
+        return {**own, **given}
 
     @property
     def fine_length(self) -> int:

@@ -24,6 +24,7 @@ from pyroboost.infer.rng import isolated_rng
 __all__ = ["Programs", "tabulate"]
 
 Site = dict[str, Any]
+_BLOCK = 256  # draws that are mapped at once
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,10 @@ class Programs:
         module: what holds both, to be put in eval mode.
         nesting: number of nested plates.
         vectorized: whether draws may be one more dimension on the left.
+        mapped: whether `torch.vmap` may run both at given values, where that may not be; for a
+            guide that draws nothing else.
+        subsampled: whether a plate takes some of its rows: each draw of every component then sees
+            the same ones, so that they compare.
     """
 
     model: Callable[..., Any]
@@ -43,6 +48,13 @@ class Programs:
     module: nn.Module
     nesting: int
     vectorized: bool
+    mapped: bool = False
+    subsampled: bool = False
+
+    @property
+    def together(self) -> bool:
+        """Whether many draws take one run."""
+        return self.vectorized or self.mapped
 
 
 class _Drawn(TorchDistribution):
@@ -95,7 +107,7 @@ def tabulate(
     for place, batch in enumerate(batches):
         columns = []
         for c in components:
-            stream = hash((seed, place, c)) % 2**63
+            stream = hash((seed, place, 0 if programs.subsampled else c)) % 2**63
             quiet = pyro.validation_enabled(False)  # what is not finite is told below
             with service(programs.module), isolated_rng(device, stream), quiet:
                 columns.append(_column(programs, batch, c, components, num_samples))
@@ -114,7 +126,16 @@ def tabulate(
                 site=None,
                 held_out=True,
             )
-        tables.append(Table(joint, scores, columns[0][2], tuple(components), over_data))
+        tables.append(
+            Table(
+                joint,
+                scores,
+                columns[0][2],
+                tuple(components),
+                over_data,
+                paired=programs.subsampled,
+            )
+        )
     return joined(tables)
 
 
@@ -124,8 +145,26 @@ def _column(
     """Return log p (S, N), log g of all (S, N, K) and the site's scale (N) of draws from c."""
     if programs.vectorized:
         return run(programs, args, c, others, count)
+    if programs.mapped:
+        place = at_site(lambda q: _Drawn(q, c))
+        with place:
+            sites = poutine.trace(programs.guide).get_trace(*args).nodes
+        drawn = sites[str(place.name)]["fn"].sample((count,))
+        return run_mapped(programs, args, c, others, drawn)
     rows = [run(programs, args, c, others, None) for _ in range(count)]
     return torch.cat([r[0] for r in rows]), torch.cat([r[1] for r in rows]), rows[0][2]
+
+
+def run_mapped(
+    programs: Programs, args: tuple[Any, ...], c: int, others: Sequence[int], values: Tensor
+) -> tuple[Tensor, ...]:
+    """Run guide and model at every value at once."""
+
+    def one(value: Tensor) -> tuple[Tensor, ...]:
+        return run(programs, args, c, others, None, value)[:3]
+
+    joint, scores, scale = torch.vmap(one, randomness="different", chunk_size=_BLOCK)(values)
+    return joint[:, 0], scores[:, 0], scale[0]
 
 
 def run(

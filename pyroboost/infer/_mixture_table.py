@@ -40,6 +40,7 @@ class Table:
         scale: what the site's log density is scaled by.  # (N)
         components: which components these are.
         over_data: whether the rows are data, over which errors are taken; else the draws are.
+        paired: whether draws of all components share their noise, and errors are of their sum.
     """
 
     joint: Tensor
@@ -47,6 +48,12 @@ class Table:
     scale: Tensor
     components: tuple[int, ...]
     over_data: bool
+    paired: bool = False
+
+    def __post_init__(self) -> None:
+        """Go on in double precision: differences of large log densities decide the weights."""
+        for name in ("joint", "scores", "scale"):
+            object.__setattr__(self, name, getattr(self, name).double())
 
     def gamma(self, weights: Tensor) -> Tensor:
         r"""Return $\gamma = \log q_w - \log p$ of all draws, scaled as the site, (K, S, N)."""
@@ -65,7 +72,7 @@ class Table:
 
     def bound(self, weights: Tensor) -> Measured:
         """Return the bound: per datum over data, in total otherwise."""
-        return _measured(self.terms(weights), self.over_data)
+        return _measured(self.terms(weights), self.over_data, self.paired)
 
     def slopes(self, weights: Tensor) -> Slopes:
         r"""Return $E_{g_c}[\gamma]$ of every component with errors: minus the bound's gradient.
@@ -112,7 +119,7 @@ class Slopes(NamedTuple):
     error: Tensor
 
 
-def _measured(terms: Tensor, over_data: bool) -> Measured:
+def _measured(terms: Tensor, over_data: bool, paired: bool) -> Measured:
     """Sum over components; take errors over data, or else over the draws of each component."""
     means = terms.mean(1)
     if over_data:
@@ -120,7 +127,9 @@ def _measured(terms: Tensor, over_data: bool) -> Measured:
         error = float(rows.std()) / math.sqrt(len(rows)) if len(rows) > 1 else math.nan
         if len(rows) > 1:
             return Measured(float(rows.mean()), error)
-    variance = terms.sum(-1).var(1).sum() / terms.shape[1]
+    total = terms.sum(-1)
+    spread = total.sum(0).var() if paired else total.var(1).sum()
+    variance = spread / terms.shape[1]
     return Measured(float(means.sum()), float(variance.sqrt()))
 
 
@@ -136,7 +145,7 @@ def gain(after: Table, new: Tensor, before: Table, old: Tensor) -> Measured:
     terms = dict(zip(after.components, after.terms(new), strict=True))
     for c, t in zip(before.components, before.terms(old), strict=True):
         terms[c] = terms[c] - t if c in terms else -t
-    return _measured(torch.stack(list(terms.values())), after.over_data)
+    return _measured(torch.stack(list(terms.values())), after.over_data, after.paired)
 
 
 def joined(tables: Sequence[Table]) -> Table:
@@ -148,4 +157,5 @@ def joined(tables: Sequence[Table]) -> Table:
         torch.cat([t.scale for t in tables]),
         first.components,
         first.over_data,
+        first.paired,
     )

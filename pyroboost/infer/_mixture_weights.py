@@ -70,11 +70,13 @@ def on_simplex(table: Table, start: Tensor, new: int) -> tuple[Tensor, list[Weig
         bound = table.bound(w)
         steps.append(WeightStep(float(w[new]), bound.value, bound.error))
 
+    best, least = start.double(), table.loss(start.double())[0]
+    level = least  # the solver's tolerance is for numbers near one
+
     def loss(w: object) -> tuple[float, object]:
         value, slope = table.loss(torch.as_tensor(w))
-        return value, slope.double().numpy()
+        return value - level, slope.numpy()
 
-    best, least = start.double(), table.loss(start.double())[0]
     even = torch.full_like(best, 1 / len(best))
     for first in (0.5 * (best + even), even):
         found = minimize(

@@ -36,7 +36,7 @@ def boost(
     start: int = 0,
     failures: int = 2,
     threshold: float = 2.0,
-    num_particles: int = 1,
+    num_particles: int | None = None,
     num_samples: int | None = None,
     evaluate_on: int = 500,
     track: bool = False,
@@ -61,23 +61,29 @@ def boost(
     encoder, decoder, weights.
 
     1. **Whole data**, ``steps=``: ``data`` are the model's arguments, each step uses all of them,
-       and bounds are of the data set with errors over draws.
+       and bounds are of the data set with errors over draws. Of a round's epochs the weights with
+       the best bound on fixed draws are taken, by its objective. What is not given is chosen: 16
+       draws in the training loss (4 for a model that takes one draw at a time), Adam with
+       ``lr=5e-3``, a cosine over the round as ``scheduler``, ``clip_norm=10``.
     2. **Minibatches**, ``epochs=``: ``data`` are rows as in :func:`fit`. Bounds are per datum of
        ``validation``, or of the training data where there is none, with errors over data.
     3. **The guide** holds one :class:`pyroboost.distributions.Components` and samples one site
        from what it returns. A method ``propose(c, *args, **kwargs)`` places a new component at an
-       informed start; else it starts as its builder makes it. A start that is always the same
-       and straddles two modes will do so again: let the builder draw it.
-    4. **Verdicts.** ``grows``: the bound gained more than its error times ``threshold``, and so
-       did the component by itself. ``dropped``: only the other networks gained; they are kept, the
-       component has weight 0. ``nothing gained``: all is put back. The last two are followed by a
-       fresh start.
+       informed start (and is told the number of fresh starts before if it names ``attempt``); else
+       it starts as its builder makes it. A start that is always the same and straddles two modes
+       will do so again: let the builder draw it.
+    4. **Verdicts.** ``base``: the first component. If it is worse than its start by more than the
+       error, the start is put back and the verdict says so. ``grows``: the bound gained more than
+       its error times ``threshold``, and so did the component by itself. ``dropped``: only the
+       other networks gained; they are kept, the component has weight 0. ``nothing gained``: all is
+       put back. The last two are followed by a fresh start.
 
     Args:
         pair: a meta-model, or a tuple of a model and a guide.
         data: the model's arguments (a tuple, or one alone), or rows as in :func:`fit`.
         validation: held-out rows; only with ``epochs``.
-        steps: steps of each round, for whole data. A fit's epoch is then up to 100 of them.
+        steps: steps of each round, for whole data, rounded up by a few for whole epochs: 20 or
+            more, of up to 100 steps each.
         epochs: epochs of each round, for minibatches.
         batch_size: rows of a batch.
         kwargs: arguments of model and guide by name, for whole data.
@@ -89,7 +95,9 @@ def boost(
         entropy: lambda.
         floor: log G counts for no less than so many nats per dimension below its own mean under G,
             taken when the round starts; beyond, there is no reward for going further away.
-            ``None``: no floor.
+            ``None``: no floor. Where G is nearly p, the residual objective with lambda = 1 has no
+            optimum and the component flees; the share of its draws at the floor is in the table,
+            and the round is put back.
         blend: rate, reached linearly over a round, at which an example is drawn from G and scored
             by the ordinary bound, so that decoder and encoder remember the others; constant in
             fine-tuning. ``None``: 0.5 if the model has parameters, else 0. With ``"kl"`` and a
@@ -106,7 +114,7 @@ def boost(
         start: first component to be trained; those before keep flows and weights.
         failures: how many fresh starts in a row may gain nothing before boosting stops.
         threshold: how many standard errors a gain must have.
-        num_particles: draws of the training loss.
+        num_particles: draws of the training loss; 1 for minibatches where left out.
         num_samples: draws of each component in a table, per datum; 30 for minibatches and
             1000 for whole data (200 for a model that takes one draw at a time).
         evaluate_on: rows that serve the tables, at most.
@@ -117,7 +125,7 @@ def boost(
         seed: seed of all random streams; ``None`` draws one from the global generator.
         **settings: settings of :func:`fit`: ``lr``, ``optimizer``, ``scheduler``, ``annealing``
             (in steps for whole data, anew in each round), ``clip_norm``, ``callbacks``,
-            ``progress``, ...
+            ``progress``, ... ``None`` for ``scheduler`` or ``clip_norm`` leaves them out.
 
     Returns:
         The components and a report per round.

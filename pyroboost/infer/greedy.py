@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,8 @@ def greedy(
     errors, *nothing is gained* within two, and the stage is *not well trained* below.
 
     A stage with an algorithm of its own (``own_fit``, such as EM) is fitted by that on one draw of
-    $h_{k-1}$ per datum, with the settings given for it alone.
+    $h_{k-1}$ per datum. Of the settings it is given those that it takes: none of :func:`fit` for
+    EM; ``lr``, ``batch_size`` and the like for one that consists of fits by gradients.
 
     Args:
         cascade: the cascade; its stages are trained in place.
@@ -277,7 +279,7 @@ def train_round(
     with forked_rng(seed):
         # Held-out data are drawn anew in any case: no own algorithm weighs those.
         held_out = held_out if held_out is None else redrawn(held_out, item.validation_weights)
-        options = own_settings(settings)
+        options = own_settings(own, settings)
         if takes_weights(own) and item.weights is not None:
             options["weights"] = item.weights
         else:
@@ -285,16 +287,34 @@ def train_round(
         return own(data, validation=held_out, **options)
 
 
-_FIT_ONLY = {
-    "epochs", "batch_size", "lr", "optimizer", "scheduler", "loss", "annealing", "clip_norm",
-    "patience", "num_validation_particles", "callbacks", "checkpoint", "checkpoint_every",
-    "resume", "device", "progress",
+_ONE_FIT = {"epochs", "loss", "annealing", "checkpoint", "checkpoint_every", "resume"}
+_FIT_ONLY = _ONE_FIT | {
+    "batch_size", "lr", "optimizer", "scheduler", "clip_norm", "patience",
+    "num_validation_particles", "callbacks", "device", "progress",
 }  # fmt: skip
 
 
-def own_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what only a gradient fit takes, so that common settings may stand beside EM."""
-    return {name: value for name, value in settings.items() if name not in _FIT_ONLY}
+def own_settings(own: Callable[..., Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what only a gradient fit takes, so that common settings may stand beside EM.
+
+    What the own algorithm names is kept. One that takes any setting, since it consists of fits by
+    gradients, is given all but those of a single fit, such as its epochs.
+
+    Args:
+        own: the own algorithm.
+        settings: settings, some of them meant for :func:`fit`.
+
+    Example:
+        >>> given = {"epochs": 5, "lr": 0.1, "restarts": 2}
+        >>> own_settings(lambda data, *, restarts=1: None, given)
+        {'restarts': 2}
+        >>> own_settings(lambda data, *, restarts=1, **settings: None, given)
+        {'lr': 0.1, 'restarts': 2}
+    """
+    taken = signature(own).parameters.values()
+    several = any(p.kind is Parameter.VAR_KEYWORD for p in taken)
+    left_out = (_ONE_FIT if several else _FIT_ONLY) - {p.name for p in taken}
+    return {name: value for name, value in settings.items() if name not in left_out}
 
 
 def _gather(

@@ -126,7 +126,7 @@ def bound_estimator(pair: MetaModel, loss: Any, num_particles: int) -> Any:
     It is the plain bound, so that fits with different training losses compare, unless the loss or
     the pair has an importance-weighted one of its own: then that, with its K, averaged over
     draws. A loss that sums enumerated sites out is kept, since without it the model's enumerated
-    sites have no guide.
+    sites have no guide. A loss with a method ``judge`` brings the estimator of its own.
 
     Args:
         pair: the meta-model.
@@ -138,6 +138,8 @@ def bound_estimator(pair: MetaModel, loss: Any, num_particles: int) -> Any:
     nesting = getattr(loss, "max_plate_nesting", 1)
     nesting = 1 if nesting is None or math.isinf(nesting) else nesting
     own = getattr(loss, "__self__", loss)
+    if hasattr(own, "judge"):
+        return own.judge(num_particles)
     if isinstance(own, ImportanceWeightedELBO):
         return _Averaged(own, num_particles)
     if isinstance(loss, TraceEnum_ELBO):

@@ -86,6 +86,7 @@ class StratifiedELBO:
             raise ValueError(f"StratifiedELBO: num_particles is {num_particles}; take 1 or more.")
         self.num_particles = num_particles
         self.max_plate_nesting = max_plate_nesting
+        self.vectorize_particles = vectorize_particles
         self._elbo = Trace_ELBO(
             num_particles=num_particles,
             max_plate_nesting=max_plate_nesting,
@@ -116,6 +117,14 @@ class StratifiedELBO:
             loss = self._elbo.differentiable_loss(model, program, *args, **kwargs)
             total = total + mixtures[0].weights[c] * loss
         return total
+
+    def judge(self, num_particles: int) -> Trace_ELBO:
+        """Return the plain bound by so many draws of the mixture, which judges a fit."""
+        return Trace_ELBO(
+            num_particles=num_particles,
+            max_plate_nesting=self.max_plate_nesting,
+            vectorize_particles=self.vectorize_particles and num_particles > 1,
+        )
 
     def loss(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any

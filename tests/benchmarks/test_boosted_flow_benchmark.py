@@ -1,5 +1,6 @@
 """What a mixture of flows costs: side by side against one by one, and 100,000 points at once."""
 
+import os
 import subprocess
 import sys
 import time
@@ -7,6 +8,7 @@ import time
 import pyro.distributions as dist
 import pytest
 import torch
+from peak_memory import PEAK, STEADY
 
 from pyroboost import flows
 from pyroboost.distributions import BoostedFlow
@@ -62,16 +64,15 @@ def test_side_by_side_is_faster(benchmark, name, kind):
         pytest.xfail(f"{told}; the aim is {AT_LEAST}")
 
 
-CODE = """
+CODE = (
+    PEAK
+    + """
 import time, torch
 import pyro.distributions as dist
 from pyroboost import flows
 from pyroboost.distributions import BoostedFlow
-def peak():  # of this program alone; ru_maxrss would begin at that of the one that started it
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 torch.manual_seed(0)
-listed = [flows.{name}(2, spread=0.3) for _ in range(8)]
+listed = [flows.{name}(2, spread=0.3, units={units}) for _ in range(8)]
 q = BoostedFlow(dist.Normal(torch.zeros(2), 1.0).to_event(1), listed, memory={memory})
 q.sample_and_log_prob((600,))
 before = peak()
@@ -83,20 +84,28 @@ with torch.no_grad():
 spent = time.perf_counter() - began
 after = peak()
 assert torch.allclose(again, log_q, atol=1e-2) and table.shape == ({count}, 8)
-print((after - before) / 1024, spent)
+print(after - before, spent)
 """
+)
 
 
-@pytest.mark.parametrize("memory", [16.0, 256.0])
-@pytest.mark.parametrize("name", ["realnvp", "spline"])
-def test_memory_is_bounded(benchmark, name, memory):
-    """100,000 points drawn and scored: the peak grows by the bound asked for and the tables."""
+@pytest.mark.parametrize("memory", [4.0, 16.0])
+@pytest.mark.parametrize(("name", "units"), [("realnvp", 256), ("spline", 64)])
+def test_memory_is_bounded(benchmark, name, units, memory):
+    """100,000 points drawn and scored: the peak grows by the bound asked for and the tables.
+
+    Without the bound the flows alone would hold more than that, 10,000 rows at a time.
+    """
     count = 100_000
 
     def run():
-        code = CODE.format(name=name, memory=memory, count=count)
+        code = CODE.format(name=name, units=units, memory=memory, count=count)
         done = subprocess.run(
-            [sys.executable, "-c", code], check=True, capture_output=True, text=True
+            [sys.executable, "-c", code],
+            check=True,
+            capture_output=True,
+            text=True,
+            env={**os.environ, **STEADY},
         )
         return [float(part) for part in done.stdout.split()]
 
@@ -104,4 +113,4 @@ def test_memory_is_bounded(benchmark, name, memory):
     benchmark.extra_info.update({"memory": memory, "grown": grown, "seconds": spent})
     print(f"\n{name}, {memory:g} MiB asked for: grew by {grown:.0f} MiB in {spent:.1f} s")
     table = count * COMPONENTS * 4 / 2**20
-    assert grown < memory + 8 * table
+    assert 0 < grown < memory + 5 * table

@@ -1,23 +1,28 @@
 """Importance sampling of 5,000 samples by 100 images in bounded memory."""
 
+import os
 import subprocess
 import sys
 
 import pytest
+from peak_memory import PEAK, STEADY
 
-CODE = """
-import resource, torch
+CODE = (
+    PEAK
+    + """
+import torch
 from pyroboost.evaluation import log_weights
 from pyroboost.models import VAE
 torch.manual_seed(0)
 vae, x = VAE(784, 20).eval(), torch.bernoulli(torch.rand(100, 784))
 log_weights(vae, x[:5], num_samples=2)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 table = log_weights(vae, x, num_samples={samples}, memory={memory})
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+after = peak()
 assert table.shape == ({samples}, 100)
-print((after - before) / 1024)
+print(after - before)
 """
+)
 
 
 @pytest.mark.parametrize("memory", [64.0, 256.0])
@@ -27,7 +32,11 @@ def test_memory_is_bounded(benchmark, memory):
     def run():
         code = CODE.format(samples=5000, memory=memory)
         done = subprocess.run(
-            [sys.executable, "-c", code], check=True, capture_output=True, text=True
+            [sys.executable, "-c", code],
+            check=True,
+            capture_output=True,
+            text=True,
+            env={**os.environ, **STEADY},
         )
         return float(done.stdout)
 

@@ -135,7 +135,8 @@ def test_a_proposal_goes_to_the_mode_that_is_missing():
     guide = AutoBoostedFlow(halves, 2, "lower", num_starts=1, init_loc_fn=near(4.0))
     guide()
     assert float(guide.whitening.loc[0]) == pytest.approx(4.0, abs=0.1)
-    guide._found += AutoBoostedFlow._search(other := started_at(-4.0), target_of(other))
+    other = started_at(-4.0)
+    guide.places.extend(one.law for one in other._search(target_of(other)))
     guide.propose(1)
     placed = guide.components.flows[1](torch.zeros(1, 2))[0]
     assert torch.allclose(placed, torch.tensor([[-4.0, -4.0]]), atol=0.3)
@@ -147,7 +148,7 @@ def test_the_gain_of_a_law_is_that_of_the_mixture():
         halves, 2, partial(flows.lower, spread=0.0), num_starts=1, init_loc_fn=near(4.0)
     )
     guide()
-    missing = started_at(-4.0)._found[0].law
+    missing = started_at(-4.0).places[0]
     nowhere = Whitening.of(missing.loc - 20, missing.scale, missing.basis, missing.stretch)
     found = gains(target_of(guide), guide.get_posterior(), [missing, nowhere])
     assert float(found[0]) == pytest.approx(-math.log(0.7), abs=0.03)  # weights on a grid
@@ -550,3 +551,22 @@ def test_starts_where_the_density_is_not_finite_are_passed_over():
     )
     guide()
     assert float(guide.whitening.loc) > 0.5
+
+
+def test_a_proposal_follows_from_state_attempt_and_seed():
+    """A guide that has loaded the state of another, as after a kill, proposes the same."""
+    one = AutoBoostedFlow(halves, 2, "lower", num_starts=2)
+    one()
+    two = AutoBoostedFlow(halves, 2, "lower", num_starts=2)
+    two.load_state_dict(one.state_dict())
+    two()
+    assert len(two.places) == len(one.places) > 0
+    places = []
+    for guide, attempt in ((one, 0), (one, 1), (two, 1), (two, 0)):
+        pyro.set_rng_seed(3)
+        guide.propose(1, attempt=attempt)
+        with torch.no_grad():
+            places.append(guide.components.flows[1](torch.zeros(1, 2))[0])
+    torch.testing.assert_close(places[0], places[3])
+    torch.testing.assert_close(places[1], places[2])
+    assert not torch.equal(places[0], places[1])

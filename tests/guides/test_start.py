@@ -124,7 +124,7 @@ def test_sites_that_are_hidden_make_the_density_random():
     guide = AutoBoostedFlow(poutine.block(model, hide=["z"]), 2)
     guide()
     assert guide._target((), {}, guide._init_loc()).random
-    assert guide._found is None
+    assert not guide.places
     guide.propose(1)
 
 

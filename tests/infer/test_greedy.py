@@ -15,7 +15,7 @@ from pyroboost import Cascade, MetaModel
 from pyroboost.infer import gains, greedy, stage_gain
 from pyroboost.infer.convergence import check_convergence, two_sample_p
 from pyroboost.metamodel import Round
-from pyroboost.models import GMM, VAE
+from pyroboost.models import GMM, VAE, FlowMixture
 
 greedy_module = importlib.import_module("pyroboost.infer.greedy")  # the function hides it
 
@@ -326,6 +326,14 @@ def test_a_cascade_that_is_a_part_is_trained_stage_by_stage_on_its_weights():
     assert [s.train for s in found.stages] == [s.train for s in wanted.stages]
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_an_own_algorithm_is_given_the_settings_that_it_takes():
+    common = {"epochs": 5, "batch_size": 30, "lr": 0.1, "clip_norm": 1.0, "annealing": 2}
+    em = greedy_module.own_settings(GMM(2, 2).own_fit, {**common, "restarts": 3})
+    assert em == {"restarts": 3}
+    flow = greedy_module.own_settings(FlowMixture(2, 1).own_fit, {**common, "steps": 7})
+    assert flow == {"batch_size": 30, "lr": 0.1, "clip_norm": 1.0, "steps": 7}
 
 
 def test_without_a_standard_error_nothing_is_decided():

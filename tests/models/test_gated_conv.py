@@ -100,6 +100,7 @@ def test_guides_take_the_features_as_context(guide):
     assert elbo(vae, x, num_samples=3).value.shape == (6,)
     features = vae.encoder(x)[2]
     assert features.shape == (6, 12)
+    assert torch.allclose(features, vae.encoder.net.features(x))
     if vae.guide.fn.context:
         assert torch.equal(vae.guide.fn.base(x)[1], features)
 
