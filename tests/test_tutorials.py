@@ -20,6 +20,7 @@ NOTEBOOKS = {  # what only a full run prints
     "01_boosting_a_vae.ipynb": "judged each by 1000 draws",
     "02_choosing_and_combining.ipynb": "judged on 300 test images",
     "03_semi_supervised.ipynb": "300 test images, looked at once",
+    "04_multimodal_posterior.ipynb": "judged as one by 1000 draws",
     "05_boosted_flows_in_a_vae.ipynb": "judged each by 1000 draws",
     "06_density_estimation.ipynb": "(10000 draws, ESS",
 }

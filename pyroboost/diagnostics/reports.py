@@ -191,7 +191,7 @@ def report(
             reference of other sites or shapes.
 
     Example:
-        >>> import pyro, pyro.distributions as dist
+        >>> import pyro, torch, pyro.distributions as dist
         >>> def model(x):
         ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
         ...     pyro.sample("x", dist.Normal(z, 1.0), obs=x)

@@ -164,8 +164,7 @@ def boosted(
     if sizes.frozen:
         how: dict[str, Any] = {**lengths, **_FROZEN}
     else:
-        floor = 10.0 / sizes.latent  # 10 nats in all
-        how = {**lengths, "annealing": sizes.epochs / 4, "blend": blend, "floor": floor}
+        how = {**lengths, "annealing": sizes.epochs / 4, "blend": blend}
     with _networks(pair, still=sizes.frozen):
         report = boost(
             pair,

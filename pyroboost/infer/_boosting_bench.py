@@ -149,7 +149,7 @@ class Bench:
         )
 
     def _floor(self, weights: Tensor) -> float:
-        """Return the least value of log G: so many nats per dimension below its own mean."""
+        """Return the least value of log G: so many nats below its own mean."""
         floor = self.options.floor
         if floor is None:
             return -math.inf
@@ -157,7 +157,7 @@ class Bench:
         table = self._table(active, "floor", draws=max(2, self.draws // 10))
         own = weights[active].to(table.scores)
         mean = float((own[:, None] * table.mixed(own).flatten(1)).mean(1).sum())
-        return mean - floor * self.dim
+        return mean - floor
 
     @property
     def draws(self) -> int:
@@ -167,9 +167,3 @@ class Bench:
         if not self.options.whole:
             return 30
         return 1000 if self.programs.together else 200
-
-    @property
-    def dim(self) -> int:
-        """Dimension of the boosted site."""
-        flow: Any = self.components.flows[0]
-        return int(flow.dim)

@@ -22,7 +22,7 @@ def epochs_of(steps: int) -> tuple[int, int]:
 
     Example:
         >>> epochs_of(2000), epochs_of(250), epochs_of(7), epochs_of(1999), epochs_of(20_000)
-        ((20, 100), (25, 10), (7, 1), (20, 100), (200, 100))
+        ((20, 100), (25, 10), (7, 1), (25, 80), (200, 100))
     """
     longest = max(1, min(_LONGEST, steps // _LEAST))
     size = min(range(longest, (longest + 1) // 2 - 1, -1), key=lambda d: -steps % d)

@@ -54,7 +54,9 @@ class Booster(Bench):
                 self._finetune(passed, c)
         if options.joint and len(self.components.active) > 1:
             self._joint()
+        active = self.components.active
         return Boosting(
+            bound=self._table(active, "final").bound(self.components.weights[active].detach()),
             components=self.components,
             rounds=tuple(self.rounds),
             stopped=stopped,

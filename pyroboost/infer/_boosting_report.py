@@ -74,6 +74,7 @@ class Boosting:
         held_out: whether bounds are those of held-out data.
         unit: what bounds belong to.
         seed: the seed from which everything follows.
+        bound: the bound of the mixture as it stands, in nats, on draws that decided nothing.
     """
 
     components: Components
@@ -82,16 +83,12 @@ class Boosting:
     held_out: bool
     unit: str
     seed: int
-
-    @property
-    def bound(self) -> Measured:
-        """The bound of the mixture as it stands, in nats."""
-        return self.rounds[-1].bound
+    bound: Measured
 
     @property
     def weights(self) -> tuple[float, ...]:
         """The weights as they stand."""
-        return self.rounds[-1].weights
+        return tuple(self.components.weights.tolist())
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -120,7 +117,7 @@ class Boosting:
                 f"{r.name:<12} {r.attempt + 1:>3} {r.bound!s:>20} {gain:>18} {r.floored:>6.2f} "
                 f"{k:>6} {r.seconds:>8.1f}  {weights:<24} {r.verdict}"
             )
-        rows.append(f"bounds per {self.unit}; {self.stopped}")
+        rows.append(f"bounds per {self.unit}; {self.stopped}; on fresh draws: {self.bound}")
         return "\n".join(rows)
 
     __str__ = table

@@ -75,7 +75,7 @@ class BoostSettings:
             raise ValueError(f"boost: entropy is {self.entropy}; take a positive number.")
         if self.floor is not None and not 0 < self.floor < math.inf:
             raise ValueError(
-                f"boost: floor is {self.floor}; take nats per dimension below the mixture's own "
+                f"boost: floor is {self.floor}; take nats below the mixture's own "
                 "mean, a positive number, or None."
             )
         if self.blend is not None and not 0 <= self.blend < 1:

@@ -93,8 +93,9 @@ def boost(
             paper's own); ``"mixture"``: G is the whole mixture with the new component in it at
             weight 1/(k + 1), the gradient of its true bound. The first round is the plain bound.
         entropy: lambda.
-        floor: log G counts for no less than so many nats per dimension below its own mean under G,
-            taken when the round starts; beyond, there is no reward for going further away.
+        floor: log G counts for no less than so many nats below its own mean under G, taken when
+            the round starts; beyond, there is no reward for going further away. They are counted
+            over all dimensions: per dimension they would reward far too much where there are many.
             ``None``: no floor. Where G is nearly p, the residual objective with lambda = 1 has no
             optimum and the component flees; the share of its draws at the floor is in the table,
             and the round is put back.
