@@ -130,6 +130,7 @@ def boosted(
     folder: str = "GBF",
     blend: float = 0.5,
     watch: Callable[[VAE], Any] | None = None,
+    first: tuple[VAE, float] | None = None,
 ) -> tuple[VAE, Boosting, float]:
     """Boost RealNVP without fine-tuning.
 
@@ -143,6 +144,7 @@ def boosted(
         folder: where its checkpoints are.
         blend: the last rate at which draws from the fixed components are blended in.
         watch: a function from the model to a callback of every fit.
+        first: a trained RealNVP and its seconds, to boost instead of training one again.
 
     Returns:
         The model, the report of the further rounds, and the seconds of all.
@@ -150,16 +152,20 @@ def boosted(
     pair = parts.seeded(seed, partial(build, "GBF", found, sizes)).to(run.device)
     more: dict[str, Any] = {} if watch is None else {"callbacks": [watch(pair)]}
     place = _made(run.checkpoints(f"seed{seed}", folder))
-    first = fit(
-        pair,
-        found.train,
-        validation=found.validation,
-        annealing=sizes.first / 4,
-        seed=100 * seed,
-        checkpoint=place / "first.pt",
-        **more,
-        **_lengths(sizes.first, sizes, run),
-    )
+    if first is not None:
+        _take(pair, first[0])
+        seconds = first[1]
+    else:
+        seconds = fit(
+            pair,
+            found.train,
+            validation=found.validation,
+            annealing=sizes.first / 4,
+            seed=100 * seed,
+            checkpoint=place / "first.pt",
+            **more,
+            **_lengths(sizes.first, sizes, run),
+        ).seconds
     lengths = _lengths(sizes.epochs, sizes, run)
     if sizes.frozen:
         how: dict[str, Any] = {**lengths, **_FROZEN}
@@ -177,7 +183,16 @@ def boosted(
             **more,
             **how,
         )
-    return pair, report, first.seconds + seconds_of(report)
+    return pair, report, seconds + seconds_of(report)
+
+
+def _take(pair: VAE, trained: VAE) -> None:
+    """Give a boosted model the networks of a trained one, and its flow as the first component."""
+    pair.model.load_state_dict(trained.model.state_dict())
+    own: Any = pair.guide.fn
+    other: Any = trained.guide.fn
+    own.encoder.load_state_dict(other.encoder.state_dict())
+    own.components.flows[0].load_state_dict(other.flow.state_dict())
 
 
 def finetuned(

@@ -107,7 +107,6 @@ _SMOKE: dict[str, Any] = {
     "importance": 5,
 }
 _SMALL: dict[str, Any] = {
-    "components": 3,
     "frozen": True,
     "latent": 32,
     "steps": 8,
@@ -115,7 +114,6 @@ _SMALL: dict[str, Any] = {
     "units": 64,
     "vectors": 8,
     "test": 1000,
-    "importance": 200,
 }
 _DENSE: dict[str, Any] = {"network": "dense", "context": 64}
 _SLIM: dict[str, Any] = {"channels": (8, 16, 64), "decoder_channels": (16, 8, 8), "context": 64}
@@ -126,15 +124,15 @@ def sizes_of(kind: Kind, scale: Scale) -> Sizes:
     """Return the sizes of a table at a scale."""
     if scale == "smoke":
         shape = _TINY if kind == "frey" else {**_DENSE, "width": 16, "context": 4}
-        return Sizes(**_SMOKE, **shape)
+        return Sizes(**_SMOKE, **shape, frozen=kind == "caltech")
     if scale == "paper":
         units = 512 if kind in ("mnist", "omniglot") else 256
         return Sizes(first=1000, epochs=1000, units=units, patience=100)
     if kind == "frey":
-        return Sizes(first=60, epochs=20, finetune=10, batch_size=25, **_SMALL, **_SLIM)
+        return Sizes(first=60, epochs=30, finetune=10, batch_size=25, **_SMALL, **_SLIM)
     if kind == "caltech":
-        return Sizes(first=60, epochs=20, finetune=10, **_SMALL, **_DENSE)
-    return Sizes(first=6, epochs=2, finetune=1, **_SMALL, **_DENSE)
+        return Sizes(first=60, epochs=30, finetune=10, **_SMALL, **_DENSE)
+    return Sizes(first=10, epochs=3, finetune=2, **_SMALL, **_DENSE)
 
 
 @dataclass(frozen=True, eq=False)
