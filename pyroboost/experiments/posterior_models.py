@@ -224,7 +224,9 @@ def process(x: Tensor, y: Tensor) -> None:
     noise = pyro.sample("noise", dist.LogNormal(-1.0, 1.0))
     far = (x[:, None] - x).square()
     wide = [part.square()[..., None, None] for part in (length, height, noise)]
-    cov = wide[1] * (-0.5 * far / wide[0]).exp() + (wide[2] + 1e-4) * torch.eye(len(x))
+    # A thousandth of the height on the diagonal keeps the matrix positive definite in float32.
+    diagonal = (wide[2] + 1e-3 * wide[1] + 1e-4) * torch.eye(len(x))
+    cov = wide[1] * (-0.5 * far / wide[0]).exp() + diagonal
     pyro.sample("y", dist.MultivariateNormal(torch.zeros(len(x)), cov), obs=y)
 
 

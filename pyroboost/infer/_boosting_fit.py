@@ -64,7 +64,7 @@ def _settings(
 ) -> dict[str, Any]:
     """Return what else the fit is told: annealing in epochs, and where it writes."""
     options = bench.options
-    settings = options.fit_settings(epochs, together)
+    settings = options.fit_settings(epochs, size, together)
     annealing = settings.pop("annealing", None)
     if address[0] == "round" and annealing is not None:
         settings["annealing"] = annealing

@@ -28,7 +28,7 @@ from pyroboost.infer._boosting_report import BoostedRound, Boosting
 from pyroboost.infer._boosting_state import read_state, write_state
 from pyroboost.infer._mixture_table import Table
 from pyroboost.infer._round_law import Stage
-from pyroboost.infer.errors import NonFiniteLoss
+from pyroboost.infer.errors import NonFiniteLoss, is_numerical
 from pyroboost.infer.rng import isolated_rng
 
 __all__ = ["Booster"]
@@ -200,16 +200,22 @@ class Booster(Bench):
                 return base(before, self._table(active, "judge"), old)
             assert before is not None
             return self._judge(address, before, old, trained if c is None else None)
-        except NonFiniteLoss as error:
-            if first and attempt + 1 >= self.options.failures:
+        except Exception as error:
+            if not is_numerical(error) or (first and attempt + 1 >= self.options.failures):
                 raise
-            return failure(before, old, f"failed: {error.site or 'a density'} is not finite")
+            site = getattr(error, "site", None)
+            why = f"{site or 'a density'} is not finite"
+            if not isinstance(error, NonFiniteLoss):
+                why = "a program refused a draw"
+            return failure(before, old, f"failed: {why}")
 
     def _start(self, active: list[int]) -> Table | None:
         """Return draws of what stands before the first round, if they are of any use."""
         try:
             return self._table(active, "judge")
-        except NonFiniteLoss:
+        except Exception as error:
+            if not is_numerical(error):
+                raise
             return None
 
     def _judge(

@@ -107,11 +107,12 @@ class BoostSettings:
             return self.num_particles
         return (16 if together else 4) if self.whole else 1
 
-    def fit_settings(self, epochs: int, together: bool) -> dict[str, Any]:
+    def fit_settings(self, epochs: int, size: int, together: bool) -> dict[str, Any]:
         """Return the settings of a fit; for whole data, those that were left out are chosen.
 
         Args:
             epochs: epochs of the fit.
+            size: steps of an epoch of a fit of whole data.
             together: whether draws are taken together.
         """
         given = dict(self.fit)
@@ -122,6 +123,7 @@ class BoostSettings:
         own = {
             "scheduler": partial(CosineAnnealingLR, T_max=epochs),
             "clip_norm": 10.0,
+            "max_skipped": epochs * size // 20,
             "num_validation_particles": 200 if together else 16,
         }
         return {**own, **given}

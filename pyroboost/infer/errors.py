@@ -21,6 +21,7 @@ __all__ = [
     "check_composition",
     "check_unweighted",
     "find_non_finite",
+    "is_numerical",
 ]
 
 
@@ -101,6 +102,37 @@ def _bad_site(trace: Any) -> tuple[str, str] | None:
         if not is_finite(node["log_prob"]):
             return name, f"the log density of site '{name}'"
     return None
+
+
+_NUMERICAL = (
+    torch.linalg.LinAlgError,  # type: ignore[attr-defined]  # public, but its stub is not
+    ArithmeticError,
+    NonFiniteLoss,
+)
+_REFUSALS = ("to satisfy the constraint", "to be within the support")  # torch's validation
+
+
+def is_numerical(error: BaseException | None) -> bool:
+    """Tell whether an error comes from the numbers of a draw rather than from a program.
+
+    These are a value or parameter that a distribution refuses, a matrix without a decomposition,
+    what is not finite, and Pyro's errors that were raised from one of them.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> try:
+        ...     dist.Normal(0.0, torch.tensor(-1.0), validate_args=True)
+        ... except ValueError as error:
+        ...     print(is_numerical(error), is_numerical(ValueError("shapes differ")))
+        True False
+    """
+    while error is not None:
+        if isinstance(error, _NUMERICAL):
+            return True
+        if isinstance(error, ValueError) and any(words in str(error) for words in _REFUSALS):
+            return True
+        error = error.__cause__
+    return False
 
 
 def find_non_finite(

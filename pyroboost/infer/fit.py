@@ -29,7 +29,7 @@ class Fit:
         history: one plain dict an epoch: ``epoch`` (from 1), ``loss`` (mean training loss per
             datum, in nats, at the running weights and beta), ``validation_bound`` (mean ELBO per
             held-out datum, in nats, or ``None``), ``beta``, ``lr``, ``batches``, ``num_data``,
-            ``seconds``.
+            ``skipped`` (batches left out until then), ``seconds``.
         best_epoch: the epoch whose weights the pair has, where held-out data chose it.
         best_bound: its held-out bound per datum, in nats.
         epochs_run: epochs done, those before a resume included.
@@ -69,7 +69,8 @@ def _adam(parameters: list[torch.Tensor], *, lr: float) -> torch.optim.Adam:
 
 
 def _check(settings: Settings, train: Batches, validation: Any) -> None:
-    for name, least in (("epochs", 0), ("patience", 1), ("checkpoint_every", 1)):
+    for name in ("epochs", "max_skipped", "patience", "checkpoint_every"):
+        least = int(name in ("patience", "checkpoint_every"))
         value = getattr(settings, name)
         if value is not None and value < least:
             raise ValueError(f"fit: {name} is {value}; take {least} or more.")
@@ -104,6 +105,7 @@ def fit(
     loss: Any = None,
     annealing: float | Callable[[float], float] | None = None,
     clip_norm: float | None = None,
+    max_skipped: int = 0,
     patience: int | None = None,
     num_validation_particles: int = 1,
     callbacks: Iterable[Any] = (),
@@ -170,6 +172,10 @@ def fit(
         annealing: epochs of a linear warm-up of $\beta$ from 0 to 1, or a function from the
             epochs done (a fraction; whole epochs for iterables without a length) to $\beta > 0$.
         clip_norm: largest norm of the gradient per datum.
+        max_skipped: how many batches may be left out because their loss or its gradient is not
+            finite, a distribution refused a value that was drawn, or a matrix had no
+            decomposition. Where there may be some, a held-out bound that fails so is minus
+            infinity.
         patience: epochs without a better held-out bound after which to stop.
         num_validation_particles: draws per held-out datum.
         callbacks: :class:`Callback` objects, or functions of the state run after each epoch.
@@ -188,7 +194,8 @@ def fit(
 
     Raises:
         ValueError: data or settings are of no use; the sentence says which.
-        NonFiniteLoss: the loss, the gradient or the held-out bound is not finite.
+        NonFiniteLoss: the loss, the gradient or the held-out bound is not finite, more often than
+            `max_skipped` allows.
         CheckpointError: the file belongs to another fit or is unreadable.
 
     Example:
@@ -237,6 +244,7 @@ def fit(
         loss=loss,
         annealing=annealing,
         clip_norm=clip_norm,
+        max_skipped=max_skipped,
         patience=patience,
         callbacks=tuple(callbacks),
         checkpoint=None if checkpoint is None else Path(checkpoint),

@@ -16,7 +16,7 @@ from pyroboost.contexts import local_params
 from pyroboost.infer import checkpoint as files
 from pyroboost.infer.batches import Batch, Batches
 from pyroboost.infer.callbacks import Bar, Callback, FitState, HeldInterrupt, as_callback
-from pyroboost.infer.errors import NonFiniteLoss, find_non_finite, is_finite
+from pyroboost.infer.errors import NonFiniteLoss, find_non_finite, is_finite, is_numerical
 from pyroboost.infer.held_out import held_out_bound
 from pyroboost.infer.objectives import Annealing, bound_estimator, resolve_loss
 from pyroboost.infer.resume import load, save
@@ -78,12 +78,14 @@ class Loop:
 
     # One step
 
-    def _step(self, batch: Batch, weights: Tensor | None) -> float:
+    def _step(self, batch: Batch, weights: Tensor | None) -> float | None:
+        """Take a step; return its loss per datum, or ``None`` where the batch is left out."""
         counters, settings = self.counters, self.settings
         count = self.train.num_batches
         part = min(1.0, (counters.batch + 1) / count) if count else 1.0
         beta = self.annealing.beta(counters.epoch + part)
         noise = torch.get_rng_state()
+        skipping = counters.skipped < settings.max_skipped
         self.optimizer.zero_grad(set_to_none=True)
         norm = 0.0
         try:
@@ -91,14 +93,19 @@ class Loop:
                 own = self.loss if weights is None else weighed(self.loss, weights)
                 loss = own(*self.annealing.programs(beta), *batch) / len(batch[0])
                 loss.backward()  # type: ignore[no-untyped-call]
-            if settings.clip_norm is not None:
-                norm = float(nn.utils.clip_grad_norm_(self.parameters, settings.clip_norm))
+            if settings.clip_norm is not None or skipping:
+                most = math.inf if settings.clip_norm is None else settings.clip_norm
+                norm = float(nn.utils.clip_grad_norm_(self.parameters, most))
         except Exception as error:
+            if skipping and is_numerical(error):
+                return None
             self._explain(f"the loss raised {type(error).__name__}", batch, noise, error)
             raise
         if beta != 1.0:
             self.annealing.check()
         value = loss.item()
+        if skipping and not (math.isfinite(value) and math.isfinite(norm)):
+            return None
         if not math.isfinite(value):
             self._explain(f"the loss is {value}", batch, noise)
         if not math.isfinite(norm):
@@ -184,8 +191,10 @@ class Loop:
             self._settled = False
             value = self._step(batch, weights)
             c.batch += 1
-            c.num_data += len(batch[0])
-            c.loss_sum += value * len(batch[0])
+            c.skipped += value is None
+            if value is not None:
+                c.num_data += len(batch[0])
+                c.loss_sum += value * len(batch[0])
             c.epoch_seconds = time.perf_counter() - start
             self._settled = True
             bar.batch()
@@ -226,12 +235,13 @@ class Loop:
         bound = self._bound()
         row = {
             "epoch": c.epoch + 1,
-            "loss": c.loss_sum / c.num_data,
+            "loss": c.loss_sum / c.num_data if c.num_data else math.nan,
             "validation_bound": bound,
             "beta": self.state.beta,
             "lr": float(self.optimizer.param_groups[0]["lr"]),
             "batches": c.batch,
             "num_data": c.num_data,
+            "skipped": c.skipped,
             "seconds": time.perf_counter() - start,
         }
         c.history.append(row)
@@ -269,7 +279,14 @@ class Loop:
     def _bound(self) -> float | None:
         if self.held_out is None:
             return None
-        return held_out_bound(self.pair, self.held_out, self.elbo, self._explain)
+        if not self.settings.max_skipped:
+            return held_out_bound(self.pair, self.held_out, self.elbo, self._explain)
+        try:
+            return held_out_bound(self.pair, self.held_out, self.elbo, _refuse)
+        except Exception as error:
+            if not is_numerical(error):
+                raise
+            return -math.inf
 
     def _tell(self, hook: str) -> None:
         if not self.hooks[hook]:
@@ -280,3 +297,9 @@ class Loop:
         with isolated_rng(self.device):
             for call in self.hooks[hook]:
                 call(state)
+
+
+def _refuse(what: str, batch: Batch, noise: Tensor, error: Exception | None, number: int) -> None:
+    """Raise for a held-out bound that is not finite, and leave what was raised as it is."""
+    if error is None:
+        raise ArithmeticError(what)

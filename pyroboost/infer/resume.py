@@ -36,6 +36,7 @@ def described(loop: Loop) -> dict[str, Any]:
         ],
         "annealing": files.describe(settings.annealing),
         "clip_norm": settings.clip_norm,
+        "max_skipped": settings.max_skipped,
         "patience": settings.patience,
         "seed": settings.seed,
         "num_validation_particles": settings.num_validation_particles,

@@ -24,6 +24,7 @@ class Settings:
     loss: Any
     annealing: float | Callable[[float], float] | None
     clip_norm: float | None
+    max_skipped: int
     patience: int | None
     callbacks: Sequence[Any]
     checkpoint: Path | None
@@ -44,6 +45,7 @@ class Counters:
     num_data: int = 0
     epoch_seconds: float = 0.0
     annealed: bool = False
+    skipped: int = 0  # batches left out, in all epochs
     waited: int = 0  # epochs since the best held-out bound
     best_epoch: int | None = None
     best_bound: float | None = None

@@ -50,7 +50,8 @@ def regression(*_):
 
 def test_what_is_left_out_is_chosen_for_whole_data_and_the_users_own_wins():
     whole = booster_arguments(None, steps=40, num_particles=None)[4]
-    chosen = whole.fit_settings(25, True)
+    chosen = whole.fit_settings(25, 4, True)
+    assert chosen["max_skipped"] == 5
     assert (chosen["lr"], chosen["clip_norm"], chosen["num_validation_particles"]) == (
         5e-3,
         10.0,
@@ -63,14 +64,20 @@ def test_what_is_left_out_is_chosen_for_whole_data_and_the_users_own_wins():
         schedule.step()
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-12)
     assert (whole.particles(True), whole.particles(False)) == (16, 4)
-    own = {"lr": 0.1, "clip_norm": None, "scheduler": None, "num_validation_particles": 3}
+    own = {
+        "lr": 0.1,
+        "clip_norm": None,
+        "scheduler": None,
+        "num_validation_particles": 3,
+        "max_skipped": 0,
+    }
     given = booster_arguments(None, steps=40, num_particles=2, fit=own)[4]
-    assert given.fit_settings(25, True) == own
+    assert given.fit_settings(25, 1, True) == own
     assert given.particles(True) == 2
     sgd = {"optimizer": partial(torch.optim.SGD, lr=0.1)}
-    assert "lr" not in booster_arguments(None, steps=40, fit=sgd)[4].fit_settings(25, True)
+    assert "lr" not in booster_arguments(None, steps=40, fit=sgd)[4].fit_settings(25, 1, True)
     rows = booster_arguments(None, epochs=3, num_particles=None)[4]
-    assert rows.fit_settings(3, True) == {}
+    assert rows.fit_settings(3, 1, True) == {}
     assert rows.particles(True) == 1
 
 

@@ -3,6 +3,7 @@
 import os
 import signal
 from functools import partial
+from itertools import pairwise
 
 import pyro
 import pyro.distributions as dist
@@ -243,3 +244,128 @@ def test_an_interrupt_within_a_step_waits_for_its_end():
     with pytest.raises(KeyboardInterrupt):
         fit(pair, torch.ones(10), epochs=1, optimizer=partial(Late, lr=0.1))
     assert pair.model.fn.w.item() != start
+
+
+# Batches that are left out
+
+
+class Refusing(Spoilt):
+    """A model that goes wrong in some of its gradient-enabled runs, and is whole in the others."""
+
+    def __init__(self, place, runs):
+        super().__init__("", 10**9)
+        self.bad, self.kind = set(runs), place
+
+    def forward(self, x):
+        bad = self.runs + torch.is_grad_enabled() in self.bad
+        self.place, self.at = self.kind, 0 if bad else 10**9
+        if bad and self.kind in _RAISED:
+            self.runs += torch.is_grad_enabled()
+            _RAISED[self.kind]()
+        super().forward(x)
+
+
+def wrong():
+    raise ValueError("two shapes differ")
+
+
+_RAISED = {
+    "refused": lambda: dist.Normal(0.0, torch.tensor(-1.0), validate_args=True),
+    "decomposition": lambda: torch.linalg.cholesky(-torch.eye(2)),
+    "program": wrong,
+}
+
+
+def refusing(place, runs=(2, 7)):
+    return MetaModel(Refusing(place, runs), Guide(), visible="x", hidden="y")
+
+
+@pytest.mark.parametrize("place", ["z", "x", "outside", "gradient", "refused", "decomposition"])
+@pytest.mark.filterwarnings("ignore:Encountered NaN")
+def test_bad_batches_are_left_out_up_to_the_limit(place):
+    data, kept = torch.linspace(0, 1, 40), []
+
+    def keep(state):
+        kept.append({n: p.detach().clone() for n, p in state.pair.named_parameters()})
+
+    pair = refusing(place)
+    with pyro.validation_enabled(False):
+        result = fit(
+            pair,
+            data,
+            epochs=2,
+            batch_size=10,
+            seed=0,
+            max_skipped=2,
+            callbacks=[Watched(keep)],
+        )
+    assert [row["skipped"] for row in result.history] == [1, 2]
+    assert [row["num_data"] for row in result.history] == [30, 30]
+    assert [row["batches"] for row in result.history] == [4, 4]
+    assert all(torch.isfinite(torch.tensor(row["loss"])) for row in result.history)
+    moved = [any(not torch.equal(a[n], b[n]) for n in a) for a, b in pairwise(kept)]
+    assert moved == [False, True, True, True, True, False, True]  # from batch 1 on
+
+
+class Watched(Callback):
+    def __init__(self, call):
+        self.call = call
+
+    def on_batch(self, state):
+        self.call(state)
+
+
+@pytest.mark.parametrize("place", ["x", "gradient", "refused", "decomposition"])
+@pytest.mark.filterwarnings("ignore:Encountered NaN")
+def test_one_bad_batch_more_than_the_limit_is_told(place):
+    data = torch.linspace(0, 1, 40)
+    expected = (NonFiniteLoss, ValueError, torch.linalg.LinAlgError)
+    with pyro.validation_enabled(False), pytest.raises(expected):
+        fit(refusing(place), data, epochs=2, batch_size=10, lr=0.1, max_skipped=1, clip_norm=1.0)
+
+
+def test_a_program_that_is_wrong_is_never_left_out():
+    with pytest.raises(ValueError, match="two shapes differ"):
+        fit(refusing("program"), torch.linspace(0, 1, 40), epochs=2, batch_size=10, max_skipped=9)
+
+
+def test_a_limit_below_zero_is_refused():
+    with pytest.raises(ValueError, match="max_skipped is -1; take 0 or more"):
+        fit(vae_pair(), torch.zeros(4, 6), epochs=1, max_skipped=-1)
+
+
+def test_left_out_batches_change_nothing_for_others():
+    """With nothing to leave out, the limit alone changes no number."""
+    ends = []
+    for limit in (0, 5):
+        pair = refusing("x", ())
+        with pyro.validation_enabled(False):
+            fit(pair, torch.linspace(0, 1, 40), epochs=2, batch_size=10, seed=0, max_skipped=limit)
+        ends.append([p.detach().clone() for p in pair.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+class Picky(Spoilt):
+    """A model that refuses its held-out data, seven rows, the first time."""
+
+    def __init__(self):
+        super().__init__("", 10**9)
+        self.met = 0
+
+    def forward(self, x):
+        self.met += len(x) == 7
+        if len(x) == 7 and self.met == 1:
+            dist.Normal(0.0, torch.tensor(-1.0), validate_args=True)
+        super().forward(x)
+
+
+def test_a_held_out_bound_that_fails_is_minus_infinity_where_batches_may_be_left_out():
+    data, held_out = torch.linspace(0, 1, 40), torch.linspace(0, 1, 7)
+    pair = MetaModel(Picky(), Guide(), visible="x", hidden="y")
+    result = fit(pair, data, epochs=3, validation=held_out, max_skipped=1)
+    bounds = [row["validation_bound"] for row in result.history]
+    assert bounds[0] == -float("inf")
+    assert result.best_bound == max(bounds[1:])
+    pair = MetaModel(Picky(), Guide(), visible="x", hidden="y")
+    with pytest.raises(ValueError, match="to satisfy the constraint"):
+        fit(pair, data, epochs=3, validation=held_out)
