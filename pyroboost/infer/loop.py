@@ -268,6 +268,8 @@ class Loop:
             c.stopped = f"no better held-out bound in {c.waited} epochs"
 
     def _schedule(self, row: dict[str, Any]) -> None:
+        if not row["num_data"]:  # the optimiser took no step
+            return
         if isinstance(self.scheduler, ReduceLROnPlateau):
             bound = row["validation_bound"]
             score = -row["loss"] if bound is None else bound

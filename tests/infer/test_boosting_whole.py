@@ -151,6 +151,43 @@ def test_the_best_weights_of_a_round_are_kept():
     assert result.bound.value == pytest.approx(0.0, abs=0.05)
 
 
+class Refusing(torch.nn.Module):
+    """Two modes; some of the runs that train refuse what was drawn, as a lone far draw would."""
+
+    def __init__(self, when):
+        super().__init__()
+        self.when, self.runs = when, 0
+
+    def forward(self, *_):
+        z = pyro.sample("z", modes())
+        self.runs += torch.is_grad_enabled() and z.requires_grad
+        if torch.is_grad_enabled() and z.requires_grad and self.when(self.runs):
+            dist.Normal(0.0, -z[..., 0].exp(), validate_args=True)
+
+
+def beside(count=2):
+    guide = Placed([torch.tensor([-4.0, 0.0]), torch.tensor([4.0, 0.0])], count=count)
+    place(guide.components.flows[0], torch.tensor([-3.0, 0.0]))
+    return guide
+
+
+def test_a_step_whose_draws_are_refused_is_left_out():
+    model = Refusing(lambda run: run % 40 == 0)
+    result = boost((model, beside()), steps=100, lr=0.02, finetune=0, seed=0, **QUIET)
+    assert [r.verdict for r in result.rounds] == ["base", "grows"]
+    assert [r.history[-1]["skipped"] for r in result.rounds] == [2, 3]
+    assert result.weights == pytest.approx((0.3, 0.7), abs=0.05)
+
+
+def test_a_round_that_is_refused_too_often_is_put_back():
+    model = Refusing(lambda run: run > 100)
+    guide = beside()
+    result = boost((model, guide), steps=100, lr=0.02, finetune=0, seed=0, **QUIET)
+    assert [r.verdict for r in result.rounds[1:]] == ["failed: a program refused a draw"] * 2
+    assert result.weights == (1.0, 0.0)
+    assert all(bool(p.isfinite().all()) for p in guide.parameters())
+
+
 def test_bounds_of_all_rounds_are_on_the_same_draws():
     guide = Placed([torch.tensor([3.0, 0.0]), torch.tensor([-3.0, 0.0])], count=2)
     place(guide.components.flows[0], torch.tensor([3.0, 0.0]))
