@@ -54,8 +54,9 @@ class AutoBoostedFlow(AutoContinuous):
        their weights; it calls `propose` before each of them. Plain `SVI` trains the first one.
     3. **Sites.** Constraints and plates are as in Pyro's guides. Latents in a subsampled plate are
        refused: one vector cannot be the posterior of data that change. So are discrete ones:
-       enumerate them and hide them by `poutine.block`. Where sites hidden so make the density
-       random, there is no start: the frame is the starting point, with unit scale.
+       sum them out in the model. Hidden by `poutine.block` and enumerated they leave the guide to
+       plain `SVI` with `TraceEnum_ELBO`, from a starting point with unit scale; `boost` refuses
+       sites that the guide does not know.
 
     The first call on the model's arguments builds the flows, as does `load_state_dict`.
 
