@@ -9,6 +9,7 @@ from torch.distributions import biject_to
 
 from pyroboost.contexts import local_params
 from pyroboost.experiments import flows_posteriors as table
+from pyroboost.experiments import posterior_guides as guides
 from pyroboost.experiments.posterior_models import POSTERIORS
 from pyroboost.experiments.record import measured
 from pyroboost.guides import AutoBoostedFlow
@@ -69,8 +70,8 @@ def test_rivals_are_scored_as_they_are(kind):
     posterior = POSTERIORS["banana"]
     with local_params():
         rival = kind(posterior.model)
-        table._train(rival, posterior.model, (), 0.2, table.SIZES["smoke"])
-        u, log_q = table._draw(rival, 4000)
+        guides.train(rival, posterior.model, (), 0.2, table.SIZES["smoke"])
+        u, log_q = guides.draw(rival, 4000)
     assert u.shape == (4000, 2)
     # q is normal with its own moments: compare its mean log density to minus its entropy.
     entropy = 0.5 * float(u.double().T.cov().logdet()) + 1 + math.log(2 * math.pi)
@@ -81,10 +82,10 @@ def test_rivals_are_scored_as_they_are(kind):
 def test_flows_are_scored_at_their_own_draws(name):
     posterior = POSTERIORS["banana"]
     with local_params():
-        rival = table._rival(name, posterior.model)
+        rival = guides.rival(name, posterior.model)
         # One step: a longer training flattens splines until float32 inverts them poorly.
-        table._train(rival, posterior.model, (), 1e-9, table.SIZES["smoke"])
-        u, log_q = table._draw(rival, 50)
+        guides.train(rival, posterior.model, (), 1e-9, table.SIZES["smoke"])
+        u, log_q = guides.draw(rival, 50)
         with torch.no_grad():
             again = rival.get_posterior().log_prob(u.clone())
     assert torch.allclose(log_q, again, atol=0.02)
@@ -98,12 +99,12 @@ def test_a_perfect_guide_is_judged_perfect():
         pass
 
     law = torch.distributions.MultivariateNormal(draws.mean(0), draws.T.cov())
-    original = table._draw
-    table._draw = lambda one, count: (u := law.sample((count,)), law.log_prob(u))
+    original = guides.draw
+    guides.draw = lambda one, count: (u := law.sample((count,)), law.log_prob(u))
     try:
         judged = table._judge(Exact(), lambda u: law.log_prob(u) + 3, draws, sizes)
     finally:
-        table._draw = original
+        guides.draw = original
     assert judged[table.KHAT][0] == -1.0
     assert judged[table.ESS][0] == pytest.approx(1.0)
     assert judged[table.BOUND][0] == pytest.approx(3.0)
