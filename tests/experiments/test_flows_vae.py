@@ -1,6 +1,7 @@
 """Table 1 and Figure 3 of gradient boosted flows: what is measured, and what is claimed of it."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,17 @@ def test_verdicts_follow_differences_image_by_image():
     better = {"Planar": 90.0, "Radial": 91.0, "Sylvester": 92.0}
     assert held([found_with(**better)], "caltech") == [False, False, True]
     assert held([found_with(**better, IAF=91.5)], "caltech") == [False, False, False]
+
+
+def test_models_of_one_decoder_are_compared_by_their_bounds():
+    """Their likelihoods are the same number, whatever the estimates are."""
+    found = found_with(GBF=99.0, GBF_plus=98.0)
+    found["GBF"] = replace(found["GBF"], bound=found["RealNVP"].bound + 0.1)
+    found["GBF+"] = replace(found["GBF+"], bound=found["RealNVP"].bound - 0.1)
+    claims = verdicts([found], "mnist", frozen=True)
+    assert [one["holds"] for one in claims[:2]] == [False, True]
+    assert claims[0]["evidence"].startswith("-ELBO of GBF is 0.100")
+    assert claims[1]["evidence"].startswith("-ELBO of GBF+ is 0.200")
 
 
 def test_one_component_in_use_is_no_boosting():
