@@ -36,7 +36,8 @@ def described(loop: Loop) -> dict[str, Any]:
         ],
         "annealing": files.describe(settings.annealing),
         "clip_norm": settings.clip_norm,
-        "max_skipped": settings.max_skipped,
+        # Files of fits without it, older ones among them, stay readable.
+        **({"max_skipped": settings.max_skipped} if settings.max_skipped else {}),
         "patience": settings.patience,
         "seed": settings.seed,
         "num_validation_particles": settings.num_validation_particles,
