@@ -162,11 +162,12 @@ def verdicts(
         lower("fine-tuning improves the boosted model further", "GBF+", "GBF"),
     ]
     if kind == "frey":
-        rest = {name: compare("GBF+", name) for name in MODELS[:-2]}
+        rest = {name: compare("GBF+", name) for name in MODELS[: -3 if frozen else -2]}
         closest = min(rest, key=lambda name: rest[name][0])
         claims.append(
             claim(
-                "boosted RealNVP gives the best likelihood of all models",
+                "boosted RealNVP gives the best likelihood of all models"
+                + (", RealNVP with its decoder apart" if frozen else ""),
                 all(gain[0] > 2 * gain[1] for gain in rest.values()),
                 told(("GBF+", closest), rest[closest]),
             )

@@ -118,6 +118,8 @@ def test_models_of_one_decoder_are_compared_by_their_bounds():
     assert [one["holds"] for one in claims[:2]] == [False, True]
     assert claims[0]["evidence"].startswith("-ELBO of GBF is 0.100")
     assert claims[1]["evidence"].startswith("-ELBO of GBF+ is 0.200")
+    alike = found_with(GBF=98.0, GBF_plus=98.0, RealNVP=98.0)
+    assert [verdicts([alike], "frey", frozen=f)[2]["holds"] for f in (True, False)] == [True, False]
 
 
 def test_one_component_in_use_is_no_boosting():
