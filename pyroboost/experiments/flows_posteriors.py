@@ -174,19 +174,24 @@ def verdicts(rows: list[dict[str, Any]], names: tuple[str, ...]) -> list[dict[st
     Returns:
         The claims.
     """
-    table = {(row["name"], row["metric"]): row["value"] for row in rows}
+    table = {(row["name"], row["metric"]): (row["value"], row["std_error"]) for row in rows}
 
     def best(metric: str, sign: float) -> tuple[int, str]:
-        lost, won = [], 0
+        lost, won, clear, errors = [], 0, 0, False
         for name in names:
-            values = {g: sign * table[f"{name}: {g}", metric] for g in GUIDES}
-            top = min(values, key=lambda g: values[g])
-            won += top == BOOSTED
-            if top != BOOSTED:
-                own = sign * values[BOOSTED]
-                lost.append(f"{name} ({top} {sign * values[top]:.2f}, boosted {own:.2f})")
+            found = {g: table[f"{name}: {g}", metric] for g in GUIDES}
+            own, error = found.pop(BOOSTED)
+            rival = min(found, key=lambda g: sign * found[g][0])
+            other, its_error = found[rival]
+            if sign * own < sign * other:
+                won += 1
+                errors |= error is not None
+                clear += sign * (other - own) > 2 * math.hypot(error or 0.0, its_error or 0.0)
+            else:
+                lost.append(f"{name} ({rival} {other:.2f}, boosted {own:.2f})")
+        more = f", {clear} of them by more than twice the error of the draws" if errors else ""
         where = f"; not on {', '.join(lost)}" if lost else ""
-        return won, f"{won} of {len(names)}{where}"
+        return won, f"{won} of {len(names)}{more}{where}"
 
     claims = []
     for text, metric, sign in (

@@ -129,3 +129,12 @@ def test_verdicts_name_where_the_boosted_guide_is_not_best():
     assert khat["evidence"] == "2 of 3; not on c (AutoNormal 0.00, boosted 1.00)"
     assert not bound["holds"]
     assert bound["evidence"].startswith("0 of 3; not on a (spline coupling 5.00, boosted 1.00)")
+
+
+def test_verdicts_tell_what_the_errors_leave_clear():
+    rows = [
+        row | {"std_error": 0.4}
+        for row in rows_of({"a": [4, 3, 2, 5, 1], "b": [4, 3, 2.3, 5, 1], "c": [4, 3, 2, 5, 1.9]})
+    ]
+    khat = table.verdicts(rows, ("a", "b", "c"))[0]
+    assert khat["evidence"] == "3 of 3, 1 of them by more than twice the error of the draws"
