@@ -71,7 +71,7 @@ FLOWS: tuple[Experiment, ...] = (
         title="boosted flows against one RealNVP of their size, on samples in the plane",
         reference=f"{PAPER}, Figure 4",
         function=flows_toys.figure4,
-        times={"smoke": "5 s", "cpu": "20 min", "paper": "a day"},
+        times={"smoke": "5 s", "cpu": "30 min", "paper": "a day"},
         seeds={"smoke": 1, "cpu": 3, "paper": 3},
     ),
     Experiment(
@@ -85,7 +85,7 @@ FLOWS: tuple[Experiment, ...] = (
     Experiment(
         name="flows.posteriors",
         title="nine posteriors: a boosted guide beside Pyro's own at equal time, against NUTS",
-        reference="beside the paper: k-hat, ESS, bound and errors of whole posteriors",
+        reference=f"{PAPER}, beside the paper",
         function=flows_posteriors.posteriors,
         times={"smoke": "15 s", "cpu": "an hour", "paper": "hours"},
         seeds={"smoke": 1, "cpu": 1, "paper": 1},
