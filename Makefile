@@ -31,10 +31,10 @@ test: lint
 	PYROBOOST_SMOKE=1 $(BIN)/python -m pytest -p no:benchmark --numprocesses 2 --dist worksteal
 
 demo: $(STAMP)
-	OMP_NUM_THREADS=2 $(BIN)/pyroboost demo
+	$(BIN)/pyroboost demo
 
 tutorials: $(STAMP)
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest --nbmake --overwrite tutorials
+	$(BIN)/python -m pytest --nbmake --overwrite tutorials
 
 bench: $(STAMP)
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest tests/benchmarks --benchmark-only -s
