@@ -162,6 +162,14 @@ def test_loss_without_a_guilty_site():
     assert caught.value.site is None
 
 
+@pytest.fixture
+def ctrl_c():
+    """Let SIGINT raise, as at a terminal: a background job of a shell is started to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Interrupt(Callback):
     def __init__(self, how):
         self.how = how
@@ -174,7 +182,7 @@ class Interrupt(Callback):
 
 
 @pytest.mark.parametrize("how", ["raise", "signal"])
-def test_ctrl_c_saves_and_the_same_call_ends_as_if_nothing_had_been(how, tmp_path):
+def test_ctrl_c_saves_and_the_same_call_ends_as_if_nothing_had_been(how, tmp_path, ctrl_c):
     x = torch.bernoulli(torch.full((50, 8), 0.5))
     words = {"epochs": 4, "batch_size": 10, "seed": 1, "lr": 0.05}
 
@@ -231,7 +239,7 @@ def test_a_resumed_fit_that_fails_goes_back_to_the_same_weights(tmp_path):
     assert all(torch.equal(p, kept[n]) for n, p in pair.named_parameters())
 
 
-def test_an_interrupt_within_a_step_waits_for_its_end():
+def test_an_interrupt_within_a_step_waits_for_its_end(ctrl_c):
     """Both parameters have made the same number of steps when the interrupt comes through."""
     pair = spoilt_pair("none", 99)
 
@@ -244,6 +252,14 @@ def test_an_interrupt_within_a_step_waits_for_its_end():
     with pytest.raises(KeyboardInterrupt):
         fit(pair, torch.ones(10), epochs=1, optimizer=partial(Late, lr=0.1))
     assert pair.model.fn.w.item() != start
+
+
+def test_an_ignored_interrupt_stays_ignored(ctrl_c):
+    """As under nohup, where Ctrl-C is somebody else's."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    pair = vae_pair()
+    fit(pair, torch.ones(50, 8), epochs=4, batch_size=10, callbacks=[Interrupt("signal")])
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 # Batches that are left out
