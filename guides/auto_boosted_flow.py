@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -160,7 +161,7 @@ class AutoBoostedFlow(AutoContinuous):
         if self.init == "none":
             return default
         with forked_rng(), torch.no_grad():
-            target = self._target(args, kwargs, start)
+            target = self._target(args, kwargs, start, first=True)
             if target.random:
                 return default
             self.places.extend(one.law for one in self._search(target))
@@ -178,18 +179,31 @@ class AutoBoostedFlow(AutoContinuous):
         laplace = self.init == "laplace"
         return candidates(target, starts, laplace=laplace, full=self.full)
 
-    def _target(self, args: tuple[Any, ...], kwargs: dict[str, Any], start: Tensor) -> Target:
-        if self.master is None:
-            return Target(self._program[0], self._unpack_latent, start, args, kwargs)
-        # A member of a list scores its sites with those of the other members where these started.
-        whole = self.master()
-        others = {
+    def _target(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], start: Tensor, *, first: bool = False
+    ) -> Target:
+        model = self._program[0]
+        if self.master is not None:
+            whole = self.master()
+            others = self._others(whole, args, kwargs, first=first)
+            model = poutine.condition(whole.model, data=others)
+        return Target(model, self._unpack_latent, start, args, kwargs)
+
+    def _others(
+        self, whole: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, first: bool
+    ) -> dict[str, Tensor]:
+        """Return what the other members of a list hold: where they started, later their medians."""
+        values = {
             name: site["value"].detach()
             for name, site in whole.prototype_trace.iter_stochastic_nodes()
             if name not in self._unconstrained_shapes and not site["fn"].support.is_discrete
         }
-        model = poutine.condition(whole.model, data=others)
-        return Target(model, self._unpack_latent, start, args, kwargs)
+        for part in () if first else whole:
+            if part is not self:
+                with suppress(NotImplementedError), torch.no_grad(), poutine.block():
+                    found = part.median(*args, **kwargs)
+                    values.update({n: v.detach() for n, v in found.items() if n in values})
+        return values
 
     # The posterior
 

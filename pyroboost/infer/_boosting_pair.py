@@ -12,6 +12,7 @@ import torch
 from pyro import poutine
 from pyro.distributions import Delta
 from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyroboost.contexts import service
@@ -51,12 +52,16 @@ def find_components(guide: nn.Module) -> Components:
 
 
 def proposer(guide: nn.Module) -> Callable[..., Any] | None:
-    """Return the guide's own way of placing a new component, if it has one."""
+    """Return the guide's own way of placing a new component, if it or a part of it has one."""
     fn: Any = guide
     while isinstance(fn, Program):
         fn = fn.fn
-    found = getattr(fn, "propose", None) or getattr(getattr(fn, "__self__", None), "propose", None)
-    return found if callable(found) else None
+    owners = [fn, getattr(fn, "__self__", None)]
+    # A list of guides: the member that holds the components.
+    for part in guide.modules():
+        owners += [part] if any(isinstance(m, Components) for m in part.children()) else []
+    found = (getattr(owner, "propose", None) for owner in owners)
+    return next((propose for propose in found if callable(propose)), None)
 
 
 class _Model(nn.Module):
@@ -162,13 +167,15 @@ def _agrees(
     checked = pyro.infer.util.is_validation_enabled()
     with service(single.module), isolated_rng(device, seed), pyro.validation_enabled(False):
         try:
-            values = [run(single, args, 0, [0], None) for _ in range(3)]
-            z = torch.stack([v[3] for v in values])
+            drawn = _Drawn()
+            each = replace(single, guide=drawn(single.guide))
+            values = [run(each, args, 0, [0], None) for _ in range(3)]
             if several.mapped:
+                z = torch.stack([v[3] for v in values])
                 both: Sequence[Tensor] = run_mapped(several, args, 0, [0], z)
             else:
-                left = (1,) * (single.nesting + 2 - z.dim())
-                both = run(several, args, 0, [0], 3, z.reshape(3, *left, *z.shape[1:]))
+                again = _Again(drawn, single.nesting)
+                both = run(replace(several, guide=again(several.guide)), args, 0, [0], 3)
                 with pyro.validation_enabled(checked):  # what Pyro says of the sites' shapes
                     law = at_site(lambda q: RoundLaw(q, Stage(0)))
                     loss = DrawnELBO(3, several.nesting, stacks=True)
@@ -176,6 +183,36 @@ def _agrees(
         except Exception:  # whatever a model does with a dimension that it does not expect
             return False
     return all(_same(torch.cat([v[i] for v in values]), both[i]) for i in (0, 1))
+
+
+class _Drawn(Messenger):
+    """Remember what a guide draws at each of its random sites, run after run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: dict[str, list[Tensor]] = {}
+        self.event_dims: dict[str, int] = {}
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if _random(msg):
+            self.values.setdefault(msg["name"], []).append(msg["value"])
+            self.event_dims[msg["name"]] = msg["fn"].event_dim
+
+
+class _Again(Messenger):
+    """Put the draws of several runs side by side, left of the plates, instead of new draws."""
+
+    def __init__(self, drawn: _Drawn, nesting: int) -> None:
+        super().__init__()
+        self.drawn, self.nesting = drawn, nesting
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        if _random(msg) and name in self.drawn.values:
+            stacked = torch.stack(self.drawn.values[name])
+            plates = stacked.dim() - 1 - self.drawn.event_dims[name]
+            left = (1,) * (self.nesting - plates)
+            msg["value"] = stacked.reshape(len(stacked), *left, *stacked.shape[1:])
 
 
 def _same(apart: Tensor, together: Tensor) -> bool:
@@ -205,10 +242,10 @@ def _check_guided(model: Trace, guide: Trace) -> None:
 
 def _draws_once(trace: Trace) -> bool:
     """Tell whether a guide draws its boosted site and no other, outside all plates and masks."""
-    drawn = [
-        site
-        for site in trace.nodes.values()
-        if site["type"] == "sample"
-        and not (is_plate(site) or site["is_observed"] or isinstance(site["fn"], Delta))
-    ]
+    drawn = [s for s in trace.nodes.values() if s["type"] == "sample" and _random(s)]
     return len(drawn) == 1 and not drawn[0]["fn"].batch_shape and drawn[0]["mask"] is None
+
+
+def _random(site: Any) -> bool:
+    """Tell whether a guide draws at a site: not a plate, a factor or a point."""
+    return not (is_plate(site) or site["is_observed"] or isinstance(site["fn"], Delta))

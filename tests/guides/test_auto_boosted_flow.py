@@ -310,6 +310,45 @@ def test_it_is_a_member_of_a_list():
     assert torch.equal(alone.whitening.loc, guide[0].whitening.loc)
 
 
+@pytest.mark.parametrize("other", [AutoNormal, AutoDelta])
+def test_a_member_of_a_list_is_boosted_to_the_other_mode(other):
+    """The two modes of a have the odds of a quadrature; b is what the other guide is for."""
+
+    def model():
+        a = pyro.sample("a", dist.Normal(0.0, 3.0))
+        pyro.sample("b", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(a * a + 0.3 * a, 0.5), obs=torch.tensor(9.0))
+
+    grid = torch.linspace(-6, 6, 4001)
+    log_p = dist.Normal(0.0, 3.0).log_prob(grid)
+    log_p = log_p + dist.Normal(grid * grid + 0.3 * grid, 0.5).log_prob(torch.tensor(9.0))
+    share = float(log_p.softmax(0)[grid > 0].sum())
+    guide = AutoGuideList(model)
+    guide.append(AutoBoostedFlow(poutine.block(model, expose=["a"]), 2, "affine"))
+    guide.append(other(poutine.block(model, expose=["b"])))
+    boost((model, guide), (), steps=200, seed=0)
+    draws = guide[0].get_posterior().sample((20_000,))
+    assert float((draws > 0).float().mean()) == pytest.approx(share, abs=0.02)
+
+
+def test_a_new_component_sees_the_other_members_of_a_list_at_their_medians():
+    def model():
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample("b", dist.Normal(a, 0.1))
+
+    guide = AutoGuideList(model)
+    guide.append(AutoBoostedFlow(poutine.block(model, expose=["b"]), 2, "affine"))
+    guide.append(AutoNormal(poutine.block(model, expose=["a"])))
+    guide()
+    with torch.no_grad():
+        guide[1].locs.a.fill_(2.0)
+    b = torch.tensor([[2.0], [2.1]])
+    expected = dist.Normal(2.0, 0.1).log_prob(b[:, 0]) + dist.Normal(0.0, 1.0).log_prob(
+        torch.tensor(2.0)
+    )
+    assert torch.allclose(guide[0].log_density(b), expected, atol=1e-5)
+
+
 def test_a_list_is_scored_by_the_joint():
     """The start of a member takes the other members where these start."""
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from contextlib import nullcontext
 
 import pyro
 import pyro.distributions as dist
@@ -254,6 +255,37 @@ def test_a_model_that_cannot_take_a_dimension_is_run_draw_by_draw():
     for program in (flat, silent):
         pair = MetaModel(program, posterior(), visible="x", hidden="z")
         assert not layout(pair, (torch.zeros(1, 1),), CPU, 0).vectorized
+
+
+class WithAnother(torch.nn.Module):
+    """A guide that draws a second site beside the boosted one, in a plate or not."""
+
+    def __init__(self, plated):
+        super().__init__()
+        self.guide, self.plated = posterior(), plated
+
+    def forward(self, *_):
+        pyro.sample("z", self.guide.components(standard(1)))
+        with pyro.plate("rows", 4) if self.plated else nullcontext():
+            pyro.sample("b", dist.Normal(0.5, 0.7))
+
+
+@pytest.mark.parametrize("plated", [True, False])
+@pytest.mark.parametrize("sums", [True, False])
+def test_other_draws_of_a_guide_do_not_keep_its_draws_apart(plated, sums):
+    """One run and many compare by the same draws at every site; a sum over draws still shows."""
+    seen = torch.randn(4) if plated else torch.randn(())
+
+    def program(*_):
+        z = pyro.sample("z", standard(1))
+        with pyro.plate("rows", 4) if plated else nullcontext():
+            b = pyro.sample("b", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z[..., 0] * (1 + b), 1.0), obs=seen)
+        if sums:
+            pyro.factor("silent", -b.square().sum())
+
+    pair = MetaModel(program, WithAnother(plated), visible="x", hidden="z")
+    assert layout(pair, (torch.zeros(1, 1),), CPU, 0).vectorized is not sums
 
 
 def test_subsampled_plates_scale_model_and_guide_alike():
