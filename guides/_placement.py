@@ -133,13 +133,14 @@ def _named(name: str, dim: int) -> Flow:
     return _NAMED["spline" if dim == 1 and name in _COUPLINGS else name](dim)
 
 
-def build(make: Factory, whitening: Whitening, full: int) -> Flow:
+def build(make: Factory, whitening: Whitening, full: int, allow_slow: bool) -> Flow:
     """Build a component: a new flow, then a trainable normal map, then the shared whitening.
 
     Args:
         make: builds the flow for a dimension.
         whitening: the frame, which components share.
         full: the largest D for which the normal map is triangular, not diagonal.
+        allow_slow: accept autoregressive flows.
     """
     dim = whitening.dim
     flow = make(dim)
@@ -148,7 +149,7 @@ def build(make: Factory, whitening: Whitening, full: int) -> Flow:
             f"AutoBoostedFlow: the function for flows built {type(flow).__name__}; let it return "
             "a pyroboost.flows.Flow."
         )
-    check_invertible(flow, where="AutoBoostedFlow")
+    check_invertible(flow, allow_slow=allow_slow, where="AutoBoostedFlow")
     if flow.context:
         raise ValueError(
             f"AutoBoostedFlow: flow '{flow.name}' depends on a context of width {flow.context}, "

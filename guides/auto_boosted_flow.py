@@ -70,6 +70,7 @@ class AutoBoostedFlow(AutoContinuous):
         num_starts: how many paths.
         init_loc_fn: Pyro's function for the starting value of a site.
         full: the largest D with full covariances and exact second derivatives.
+        allow_slow: accept autoregressive flows, whose density costs D network passes.
 
     Raises:
         ValueError: if an option is of no use, or (at the first call) a flow cannot be boosted.
@@ -105,6 +106,7 @@ class AutoBoostedFlow(AutoContinuous):
         num_starts: int = 8,
         init_loc_fn: Callable[..., Any] = init_to_median,
         full: int = 100,
+        allow_slow: bool = False,
     ) -> None:
         if init not in _STARTS:
             raise ValueError(f"AutoBoostedFlow: init is {init!r}; give one of {_STARTS}.")
@@ -116,6 +118,7 @@ class AutoBoostedFlow(AutoContinuous):
         self._program = (model,)  # hidden from nn.Module: the model's parameters are its own
         self._factories = factories(flow, components)
         self.init, self.num_starts, self.full = init, num_starts, full
+        self.allow_slow = allow_slow
         self.places = torch.nn.ModuleList()  # the laws found at the start
         self._tries: dict[int, int] = {}
 
@@ -151,8 +154,9 @@ class AutoBoostedFlow(AutoContinuous):
 
     def _build(self, dim: int, rank: int = 0) -> None:
         self.whitening = Whitening(dim, rank)
-        makers = [partial(build, make, self.whitening, self.full) for make in self._factories]
-        self.components = Components(makers)
+        settings = (self.whitening, self.full, self.allow_slow)
+        makers = [partial(build, make, *settings) for make in self._factories]
+        self.components = Components(makers, allow_slow=self.allow_slow)
 
     def _frame(self, args: tuple[Any, ...], kwargs: dict[str, Any], start: Tensor) -> Whitening:
         """Return the law in whose coordinates flows act, and remember the others found."""

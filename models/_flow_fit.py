@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyroboost.compose._line_search import Slope, best_weight, mean_and_error, slope_at_zero
-from pyroboost.infer.errors import NonFiniteLoss
+from pyroboost.infer.errors import is_numerical
 from pyroboost.models._flow_report import FlowFit, FlowStep, Kind, Verdict
 from pyroboost.models._flow_rounds import Trainer, Trial
 from pyroboost.models._flow_weights import log_mixture, solve_weights
@@ -100,14 +100,11 @@ class Growth(Trainer):
                 trial = self.again(c)
             self._score(self.active if c is None else [c])
             verdict = self._decide(kind, c, kept)
-        except NonFiniteLoss:
+        except BaseException as error:
             self._put_back(kept)
-            if not kept.tables[0]:
+            if not (is_numerical(error) and kept.tables[0]):
                 raise
             trial, verdict = Trial((), 0.0, 0.0), _Verdict("not finite", False, kept.weights)
-        except BaseException:
-            self._put_back(kept)
-            raise
         if verdict.helps:
             self.mixture.weights = verdict.weights
         else:

@@ -84,6 +84,7 @@ class FlowParts(Parts):
         base: gives the base distribution for zeros (D,).
         visible: name of the data's site.
         hidden: name of the component's site.
+        allow_slow: whether autoregressive flows are accepted.
     """
 
     loc: Tensor
@@ -97,13 +98,14 @@ class FlowParts(Parts):
         base: Callable[[Tensor], TorchDistribution],
         visible: str,
         hidden: str,
+        allow_slow: bool,
     ) -> None:
         super().__init__(visible, hidden)
         several = isinstance(flow, Sequence)
         built = (
             [partial(f, dim) for f in flow] if isinstance(flow, Sequence) else partial(flow, dim)
         )
-        self.flows = Components(built, None if several else count)
+        self.flows = Components(built, None if several else count, allow_slow=allow_slow)
         self.builders = list(flow) if isinstance(flow, Sequence) else [flow] * len(self.flows)
         self.base = base
         like = self.flows.weights
@@ -154,7 +156,8 @@ class FlowParts(Parts):
         self.check(x)
         which = self.flows.active if which is None else which
         chosen: list[Flow] = [self.flows.flows[c] for c in which]  # type: ignore[misc]
-        mixture = BoostedFlow(self.base(torch.zeros_like(self.loc)), chosen)
+        zero = torch.zeros_like(self.loc)
+        mixture = BoostedFlow(self.base(zero), chosen, allow_slow=self.flows.allow_slow)
         return mixture.log_prob_components(self.standardise(x)) - self.log_det
 
     def joint(self, x: Tensor) -> Tensor:

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import pyro
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from pyroboost.compose._line_search import best_weight, mean_and_error, tempered
 from pyroboost.infer._boosting_pair import only
+from pyroboost.infer.errors import NonFiniteLoss
 from pyroboost.infer.fit import Fit, fit
 from pyroboost.infer.weighting import redrawn
 from pyroboost.models._flow_options import Options, Rows
@@ -51,8 +53,20 @@ class Sample:
 
     def score(self, parts: FlowParts, which: Sequence[int]) -> None:
         """Take the log densities of some components anew."""
-        blocks = [parts.scores(rows, which) for rows in torch.split(self.x, _ROWS)]
+        with pyro.validation_enabled(False):  # what is not a number is told in one sentence
+            blocks = [parts.scores(rows, which) for rows in torch.split(self.x, _ROWS)]
         found = torch.cat(blocks).detach().double()
+        wrong = found.isnan()
+        if bool(wrong.any()):
+            bad = [c for c, one in zip(which, wrong.any(0).tolist(), strict=True) if one]
+            raise NonFiniteLoss(
+                f"FlowMixture.fit: the density of components {bad} is not a number at "
+                f"{int(wrong.any(-1).sum())} of {len(found)} data; lower lr, or take a flow whose "
+                "inverse is better conditioned.",
+                epoch=0,
+                batch=0,
+                site=None,
+            )
         self.table.update(zip(which, found.unbind(-1), strict=True))
 
     def mixed(self, weights: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ class FlowMixture(FiniteMixture[FlowParts]):
             ``lambda zero: StudentT(5.0, zero, 1.0).to_event(1)`` has heavier tails.
         visible: name of the data's site.
         hidden: name of the component's site.
+        allow_slow: accept autoregressive flows, whose density costs D network passes.
 
     Raises:
         TypeError: a function builds no flow.
@@ -75,13 +76,14 @@ class FlowMixture(FiniteMixture[FlowParts]):
         base: Callable[[Tensor], TorchDistribution] = standard_normal,
         visible: str = "x",
         hidden: str = "component",
+        allow_slow: bool = False,
     ) -> None:
         count = 4 if components is None and callable(flow) else components
         if dim < 1 or (count is not None and count < 1):
             raise ValueError(
                 f"FlowMixture: got {count} components of dimension {dim}; both must be at least 1."
             )
-        super().__init__(FlowParts(dim, flow, count, base, visible, hidden), dim)
+        super().__init__(FlowParts(dim, flow, count, base, visible, hidden, allow_slow), dim)
 
     @property
     def weights(self) -> Tensor:
@@ -115,6 +117,7 @@ class FlowMixture(FiniteMixture[FlowParts]):
             base=parts.base,
             visible=self.visible,
             hidden=self.hidden,
+            allow_slow=parts.flows.allow_slow,
         ).to(parts.loc)
         found.components.loc, found.components.scale = parts.loc, parts.scale
         return found

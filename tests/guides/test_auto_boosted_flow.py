@@ -560,6 +560,23 @@ def planar(dim):
     return build(dim)
 
 
+def test_an_autoregressive_flow_is_boosted_on_request():
+    def model():
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample("b", dist.Normal(a * a, 0.5))
+
+    with pytest.raises(ValueError, match="allow_slow=True"):
+        AutoBoostedFlow(model, 2, lambda dim: flows.iaf(dim))()
+    guide = AutoBoostedFlow(model, 2, lambda dim: flows.iaf(dim), allow_slow=True)
+    found = boost((model, guide), (), steps=40, num_samples=200, seed=0)
+    assert found.bound.value < 4.5 * found.bound.error  # the evidence is one
+    other = AutoBoostedFlow(model, 2, lambda dim: flows.iaf(dim), allow_slow=True)
+    other.load_state_dict(guide.state_dict())
+    points = torch.randn(5, 2)
+    expected = guide.get_posterior().log_prob(points)
+    assert torch.allclose(other.get_posterior().log_prob(points), expected)
+
+
 def test_what_is_neither_a_name_nor_a_function_is_refused():
     with pytest.raises(TypeError, match="flow is int"):
         AutoBoostedFlow(regression, 1, [3])

@@ -310,3 +310,43 @@ def test_a_round_that_is_not_finite_is_put_back():
     with pytest.raises(NonFiniteLoss):
         mixture.fit(x, steps=6, callbacks=[poison], seed=0)
     assert mixture.log_marginal(x).mean == pytest.approx(report.history[-1], abs=1e-5)
+
+
+class _Lapsing(flows.Affine):
+    """A step whose inverse gives NaN when gradients are off, as a diverged one may."""
+
+    lapses = False
+
+    def _pull(self, y, context):
+        x, log_det = super()._pull(y, context)
+        bad = self.lapses and not torch.is_grad_enabled()
+        return (x * math.nan if bad else x), log_det
+
+
+def test_a_density_that_is_no_number_is_put_back_or_told_in_one_sentence(monkeypatch):
+    """Densities are also taken outside the loss, where torch would print all data it refuses."""
+    x = two_modes(200)
+    mixture = FlowMixture(2, 2, lambda dim: flows.Flow([_Lapsing(dim)], name="lapsing"))
+    report = mixture.fit(x, steps=6, lr=0.05, attempts=1, seed=0)
+    assert report.steps[1].verdict != "not finite"
+    once = mixture.log_marginal(x).value
+
+    def spoil(state):
+        monkeypatch.setattr(_Lapsing, "lapses", True)
+
+    with pytest.raises(NonFiniteLoss, match=r"components \[0\] is not a number at 200 of 200 data"):
+        mixture.fit(x, steps=6, callbacks=[spoil], seed=0)
+    monkeypatch.setattr(_Lapsing, "lapses", False)
+    torch.testing.assert_close(mixture.log_marginal(x).value, once)
+
+
+def test_autoregressive_flows_grow_on_request():
+    x = two_modes(200)
+    mixture = FlowMixture(2, 2, flows.iaf, allow_slow=True)
+    report = mixture.fit(x, steps=20, passes=0, attempts=1, seed=0)
+    assert report.history[-1] >= report.history[0]
+    parts = torch.stack([mixture.component(c).log_marginal(x).value for c in range(2)], -1)
+    whole = (parts + mixture.weights.log()).logsumexp(-1)
+    torch.testing.assert_close(mixture.log_marginal(x).value, whole)
+    with pytest.raises(ValueError, match="allow_slow=True"):
+        FlowMixture(2, 2, flows.iaf)
