@@ -241,7 +241,7 @@ class AutoBoostedFlow(AutoContinuous):
 
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
         """Draw u as an auxiliary site."""
-        law = Guarded.of(self.get_posterior(*args, **kwargs))
+        law = Guarded.of(self.get_posterior(*args, **kwargs), _refuse)
         name = f"_{self._pyro_name}_latent"
         drawn: Tensor = pyro.sample(name, law, infer={"is_auxiliary": True})
         return drawn
@@ -342,3 +342,11 @@ class AutoBoostedFlow(AutoContinuous):
         twin.__dict__.update(copy.deepcopy(kept, memo))
         twin.__dict__["master"] = None
         return twin
+
+
+def _refuse(count: int) -> None:
+    raise NotImplementedError(
+        f"AutoBoostedFlow: {count} components have weight, and an ordinary objective has no "
+        "pathwise gradient through the choice among them; train them by "
+        "pyroboost.infer.boost((model, guide), data)."
+    )

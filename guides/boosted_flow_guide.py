@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from pyroboost.distributions import BoostedFlow, Components
 from pyroboost.flows import Flow, realnvp
 from pyroboost.guides._amortised import Amortised
+from pyroboost.guides._guarded import Guarded
 
 __all__ = ["BoostedFlowGuide"]
 
@@ -25,7 +27,9 @@ class BoostedFlowGuide(Amortised):
 
     The encoder gives every datum the normal law of z_0, which all components share, and the
     context h(x) of amortised flows. At first component 0 has all the weight and the guide is one
-    flow, which any ELBO of Pyro trains; `infer.boost` trains the others and all weights. It is
+    flow, which any ELBO of Pyro trains; `infer.boost` trains the others and all weights, and
+    `greedy` calls it for a stage with this guide. Once several components have weight,
+    `StratifiedELBO` (the default of `fit`) has their pathwise gradients. It is
     the guide of a VAE, of any other meta-model over vectors, or of a stage of a cascade.
 
     Args:
@@ -86,8 +90,7 @@ class BoostedFlowGuide(Amortised):
 
     def law(self, base: TorchDistribution, context: Tensor | None) -> BoostedFlow:
         """Return the mixture q(z | x), given its base and context."""
-        mixture: BoostedFlow = self.components(base, context)
-        return mixture
+        return Guarded.of(self.components(base, context), _warn)
 
     def posterior(self, x: Tensor) -> BoostedFlow:
         """Return q(z | x) as a distribution.
@@ -96,6 +99,15 @@ class BoostedFlowGuide(Amortised):
             x: data.  # (N, ...)
         """
         return self.law(*self.base(x))
+
+
+def _warn(count: int) -> None:
+    warnings.warn(
+        f"BoostedFlowGuide: {count} components have weight, and an ordinary objective trains them "
+        "by a score-function gradient, which is unbiased and very noisy; pyroboost.infer.boost and "
+        "loss=StratifiedELBO() take the pathwise one.",
+        stacklevel=2,
+    )
 
 
 def _context(mixture: Components) -> int:

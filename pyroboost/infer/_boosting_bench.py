@@ -84,7 +84,8 @@ class Bench:
         if options.whole:
             return [(self.data.to(self.device),)]
         source = self._chosen(self.validation if self.held_out else self.data)
-        batches = Batches(source, self.batch_size, self.device, shuffle=False)
+        transform = options.fit.get("transform")
+        batches = Batches(source, self.batch_size, self.device, shuffle=False, transform=transform)
         kept, count = [], 0
         with isolated_rng(self.device, self.stream("rows")):
             for batch in batches.epoch():

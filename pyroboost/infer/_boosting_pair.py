@@ -46,7 +46,8 @@ def find_components(guide: nn.Module) -> Components:
     if len(found) != 1:
         raise ValueError(
             f"boost: the guide holds {len(found)} pyroboost.distributions.Components; give it one, "
-            "and sample one site from what it returns for a base."
+            "and sample one site from what it returns for a base; greedy boosts the stages of a "
+            "cascade one after another."
         )
     return found[0]
 

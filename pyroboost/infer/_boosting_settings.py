@@ -24,7 +24,6 @@ _OWN = {
     "resume",
     "data",
     "pair",
-    "transform",
 }
 
 
@@ -88,6 +87,11 @@ class BoostSettings:
             value = getattr(self, name)
             if value is not None and value < number:
                 raise ValueError(f"boost: {name} is {value}; take {number} or more.")
+        if self.whole and self.fit.get("transform") is not None:
+            raise ValueError(
+                "boost: transform is for epochs=, where data come in batches; with steps= let the "
+                "model transform its arguments."
+            )
         for name in sorted(_OWN & set(self.fit)):
             raise ValueError(f"boost: {name} is not to be chosen here; leave it out.")
 

@@ -18,7 +18,7 @@ from pyroboost.compose.product import Product
 from pyroboost.compose.rounds import contrast, ess_of, reweighted
 from pyroboost.contexts import forked_rng
 from pyroboost.infer._power_search import Choice, RoundVerdict, Search
-from pyroboost.infer.greedy import train_round
+from pyroboost.infer._stage_fit import train_round
 from pyroboost.likelihood import Likelihood
 from pyroboost.metamodel import MetaModel, Round
 

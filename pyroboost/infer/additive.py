@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pyroboost.compose import Mixture
 from pyroboost.compose._additive import Step
+from pyroboost.infer._stage_fit import train_round
 from pyroboost.infer.errors import check_composition, check_unweighted
-from pyroboost.infer.greedy import train_round
 
 __all__ = ["Added", "Addition", "additive"]
 

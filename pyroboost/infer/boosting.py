@@ -126,7 +126,11 @@ def boost(
         seed: seed of all random streams; ``None`` draws one from the global generator.
         **settings: settings of :func:`fit`: ``lr``, ``optimizer``, ``scheduler``, ``annealing``
             (in steps for whole data, anew in each round), ``clip_norm``, ``callbacks``,
-            ``progress``, ... ``None`` for ``scheduler`` or ``clip_norm`` leaves them out.
+            ``progress``, ... ``None`` for ``scheduler`` or ``clip_norm`` leaves them out. With
+            ``epochs`` also ``transform``, such as an encoding by the stages below: rows are
+            transformed afresh in every epoch, those of the tables once. Annealing scales all
+            latent terms by beta, log G and the floor included: each beta has a bound of its own,
+            and the round follows that bound's functional gradient.
 
     Returns:
         The components and a report per round.

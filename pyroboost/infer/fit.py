@@ -168,7 +168,8 @@ def fit(
             in the direction of its mode.
         loss: anything with ``differentiable_loss(model, guide, *batch)``, or such a function
             itself, summed over the batch in nats; ``None`` takes ``pair.objective()``, else
-            ``Trace_ELBO``.
+            ``Trace_ELBO``, or ``StratifiedELBO`` for a guide with one boosted mixture of which
+            several components have weight.
         annealing: epochs of a linear warm-up of $\beta$ from 0 to 1, or a function from the
             epochs done (a fraction; whole epochs for iterables without a length) to $\beta > 0$.
         clip_norm: largest norm of the gradient per datum.

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pyroboost.compose import Cascade
 from pyroboost.contexts import forked_rng
-from pyroboost.infer.batches import Batches
+from pyroboost.infer._stage_fit import gather, train_round
 from pyroboost.infer.convergence import Convergence, check_convergence
 from pyroboost.infer.errors import check_composition
-from pyroboost.infer.fit import fit
 from pyroboost.infer.gains import Gain, Verdict, stage_gain
-from pyroboost.infer.weighting import redrawn, takes_weights
 from pyroboost.metamodel import Round
 
-__all__ = ["Boosted", "StageReport", "greedy", "train_round"]
+__all__ = ["Boosted", "StageReport", "greedy"]
 
 
 @dataclass(frozen=True)
@@ -106,7 +102,9 @@ def greedy(
 
     A stage with an algorithm of its own (``own_fit``, such as EM) is fitted by that on one draw of
     $h_{k-1}$ per datum. Of the settings it is given those that it takes: none of :func:`fit` for
-    EM; ``lr``, ``batch_size`` and the like for one that consists of fits by gradients.
+    EM; ``lr``, ``batch_size`` and the like for one that consists of fits by gradients. A stage
+    whose guide holds a mixture of several flows (``BoostedFlowGuide``) is fitted by :func:`boost`,
+    on fresh draws like any other, and the settings are those of :func:`boost`.
 
     Args:
         cascade: the cascade; its stages are trained in place.
@@ -118,7 +116,8 @@ def greedy(
         start: first stage to be trained; those below keep their values, so that
             ``greedy(cascade + stage, data, start=len(cascade))`` trains the new stage only.
         stages: settings of :func:`fit` (or of the own algorithm) by stage, over the common ones;
-            ``{"method": "gradient"}`` trains a stage that has its own algorithm by gradients.
+            ``{"method": "gradient"}`` trains a stage that has its own algorithm, or could be
+            boosted, by one fit.
         stop: stop after the first stage above the bottom whose verdict is not that the bound
             grows; that stage is left out of the cascade returned.
         convergence: look, after each stage, for signs that nothing above can help.
@@ -183,11 +182,11 @@ def _run(
         item.pair.refresh()
     seconds = time.perf_counter() - began
     size = settings.get("batch_size", 100)
-    train = _gather(item, item.data, size, evaluate_on, seed)
+    train = gather(item, item.data, size, evaluate_on, seed)
     gains = [stage_gain(cascade, index, *train, weights=_first(item.weights, train), seed=seed)]
     held_out = None
     if item.validation is not None:
-        held_out = _gather(item, item.validation, size, evaluate_on, seed)
+        held_out = gather(item, item.validation, size, evaluate_on, seed)
         shares = _first(item.validation_weights, held_out)
         gains.append(stage_gain(cascade, index, *held_out, weights=shares, seed=seed))
     verdict = gains[-1].verdict() if index else "base"
@@ -215,126 +214,3 @@ def _run(
 
 def _first(weights: Tensor | None, rows: tuple[Tensor, ...]) -> Tensor | None:
     return None if weights is None else weights[: len(rows[0])]
-
-
-def train_round(
-    index: int,
-    item: Round,
-    settings: dict[str, Any],
-    checkpoints: str | Path | None,
-    seed: int | None,
-) -> Any:
-    """Solve one round of any boosting method: fit one stage or part.
-
-    It is fitted by its own algorithm if it has one and gradients were not asked for; a cascade,
-    which other methods have for a part, is trained stage by stage.
-
-    Args:
-        index: the round, from 0.
-        item: the round.
-        settings: settings of :func:`fit`, of the own algorithm or of :func:`greedy`.
-        checkpoints: folder of the round's checkpoint.
-        seed: seed of the round's own random stream.
-
-    Returns:
-        What the fit returned.
-    """
-    if isinstance(item.pair, Cascade) and len(item.pair) > 1:
-        return greedy(
-            item.pair,
-            item.data,
-            validation=item.validation,
-            weights=item.weights,
-            validation_weights=item.validation_weights,
-            checkpoints=None if checkpoints is None else Path(checkpoints) / item.name,
-            seed=seed,
-            **settings,
-        )
-    own = item.pair.own_fit
-    method = settings.pop("method", None)
-    if method not in (None, "gradient", "own") or (method == "own" and own is None):
-        raise ValueError(
-            f"boosting: method {method!r} of round {index} is unknown to "
-            f"{type(item.pair).__name__}; use 'gradient', or 'own' for what has an algorithm of "
-            "its own."
-        )
-    if own is None or method == "gradient":
-        if checkpoints is not None:
-            Path(checkpoints).mkdir(parents=True, exist_ok=True)
-            settings = {"checkpoint": Path(checkpoints) / f"{item.name}.pt", **settings}
-        return fit(
-            item.pair,
-            item.data,
-            validation=item.validation,
-            transform=item.transform,
-            weights=item.weights,
-            validation_weights=item.validation_weights,
-            seed=seed,
-            **settings,
-        )
-    size = settings.get("batch_size", 100)
-    (data, *_), held_out = _gather(item, item.data, size, None, seed, encode=True), None
-    if item.validation is not None:
-        held_out = _gather(item, item.validation, size, None, seed, encode=True)[0]
-    with forked_rng(seed):
-        # Held-out data are drawn anew in any case: no own algorithm weighs those.
-        held_out = held_out if held_out is None else redrawn(held_out, item.validation_weights)
-        options = own_settings(own, settings)
-        if takes_weights(own) and item.weights is not None:
-            options["weights"] = item.weights
-        else:
-            data = redrawn(data, item.weights)
-        return own(data, validation=held_out, **options)
-
-
-_ONE_FIT = {"epochs", "loss", "annealing", "checkpoint", "checkpoint_every", "resume"}
-_FIT_ONLY = _ONE_FIT | {
-    "batch_size", "lr", "optimizer", "scheduler", "clip_norm", "patience",
-    "num_validation_particles", "callbacks", "device", "progress",
-}  # fmt: skip
-
-
-def own_settings(own: Callable[..., Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what only a gradient fit takes, so that common settings may stand beside EM.
-
-    What the own algorithm names is kept. One that takes any setting, since it consists of fits by
-    gradients, is given all but those of a single fit, such as its epochs.
-
-    Args:
-        own: the own algorithm.
-        settings: settings, some of them meant for :func:`fit`.
-
-    Example:
-        >>> given = {"epochs": 5, "lr": 0.1, "restarts": 2}
-        >>> own_settings(lambda data, *, restarts=1: None, given)
-        {'restarts': 2}
-        >>> own_settings(lambda data, *, restarts=1, **settings: None, given)
-        {'lr': 0.1, 'restarts': 2}
-    """
-    taken = signature(own).parameters.values()
-    several = any(p.kind is Parameter.VAR_KEYWORD for p in taken)
-    left_out = (_ONE_FIT if several else _FIT_ONLY) - {p.name for p in taken}
-    return {name: value for name, value in settings.items() if name not in left_out}
-
-
-def _gather(
-    item: Round,
-    data: Any,
-    batch_size: int,
-    limit: int | None,
-    seed: int | None,
-    *,
-    encode: bool = False,
-) -> tuple[Tensor, ...]:
-    """Collect one epoch of data, or its first rows; with ``encode``, as the round sees them."""
-    first = next(item.pair.parameters(), torch.zeros(()))
-    batches = Batches(data, batch_size, first.device, shuffle=False)
-    kept: list[tuple[Tensor, ...]] = []
-    with forked_rng(seed):
-        count = 0
-        for batch in batches.epoch():
-            kept.append(item.transform(*batch) if encode and item.transform else batch)
-            count += len(batch[0])
-            if limit is not None and count >= limit:
-                break
-    return tuple(torch.cat(parts)[:limit] for parts in zip(*kept, strict=True))

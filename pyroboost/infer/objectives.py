@@ -10,8 +10,10 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyroboost.distributions import Components
 from pyroboost.handlers import is_plate
 from pyroboost.infer.importance_weighted import ImportanceWeightedELBO
+from pyroboost.infer.stratified import StratifiedELBO
 from pyroboost.metamodel import MetaModel
 
 __all__ = ["Annealing", "TemperedELBO", "bound_estimator", "resolve_loss", "scale_latents"]
@@ -109,7 +111,7 @@ def resolve_loss(pair: MetaModel, loss: Any) -> Loss:
         loss: something with ``differentiable_loss``, or a callable.
     """
     if loss is None:
-        loss = pair.objective() or Trace_ELBO(max_plate_nesting=1)
+        loss = pair.objective() or _default(pair)
     if hasattr(loss, "differentiable_loss"):
         return loss.differentiable_loss
     if hasattr(loss, "loss_and_grads") or not callable(loss):
@@ -118,6 +120,14 @@ def resolve_loss(pair: MetaModel, loss: Any) -> Loss:
             "that has one, or a function (model, guide, *batch) -> scalar."
         )
     return loss
+
+
+def _default(pair: MetaModel) -> Any:
+    """Return the loss of a pair that names none; a boosted mixture's has pathwise gradients."""
+    mixtures = list({id(m): m for m in pair.guide.modules() if isinstance(m, Components)}.values())
+    if len(mixtures) == 1 and len(mixtures[0].active) > 1:
+        return StratifiedELBO(max_plate_nesting=1)
+    return Trace_ELBO(max_plate_nesting=1)
 
 
 def bound_estimator(pair: MetaModel, loss: Any, num_particles: int) -> Any:

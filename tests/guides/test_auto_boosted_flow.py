@@ -275,6 +275,7 @@ def test_several_components_are_refused_by_an_ordinary_objective():
     with pytest.raises(NotImplementedError, match=r"2 components have weight.*boost"):
         svi.step(X, Y)
     assert math.isfinite(svi.evaluate_loss(X, Y))
+    assert math.isfinite(Trace_ELBO().loss(regression, guide, X, Y))  # gradients are on
 
 
 def mixed(y):

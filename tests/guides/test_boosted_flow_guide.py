@@ -1,6 +1,7 @@
 """The amortised mixture of flows as a guide: its law, its particles, its place in a cascade."""
 
 import copy
+import math
 
 import pyro.poutine as poutine
 import pytest
@@ -14,7 +15,7 @@ from pyroboost.compose import Cascade
 from pyroboost.distributions import BoostedFlow
 from pyroboost.evaluation import decompose, elbo, log_likelihood, log_weights, posterior_quality
 from pyroboost.guides import BoostedFlowGuide
-from pyroboost.infer import fit
+from pyroboost.infer import Fit, StratifiedELBO, boost, fit, gradient_variance, greedy
 from pyroboost.models import IWAE, VAE
 
 
@@ -168,9 +169,27 @@ def test_iwae_and_posterior_quality_take_it():
     assert posterior_quality(iwae, x, num_samples=50).elbo.std_error > 0
     kept = {name: p.clone() for name, p in iwae.named_parameters()}
     twin = copy.deepcopy(iwae)
-    fit(twin, x, epochs=1)
+    with pytest.warns(UserWarning, match="3 components have weight.*score-function gradient"):
+        fit(twin, x, epochs=1)
     assert all(torch.equal(p, kept[name]) for name, p in iwae.named_parameters())
     assert not torch.equal(twin.encoder.net[0].weight, iwae.encoder.net[0].weight)
+
+
+def test_several_components_are_fitted_by_pathwise_gradients():
+    """Without a word where the loss is the stratified one; Pyro's own loss warns, and measures."""
+    vae, x = boosted(), bits(20)
+
+    def noise(loss=None):
+        found = gradient_variance(vae, x, loss=loss, num_draws=30, seed=0)
+        return sum(g.variance for name, g in found.items() if name.startswith("guide"))
+
+    one = noise(StratifiedELBO())
+    with pytest.warns(UserWarning, match="3 components"):
+        other = noise(Trace_ELBO(max_plate_nesting=1))
+    assert noise() == one
+    assert other > 4 * one
+    assert math.isfinite(fit(vae, x, epochs=1).history[-1]["loss"])
+    assert math.isfinite(Trace_ELBO().loss(vae.model, vae.guide, x))
 
 
 def test_components_may_differ_and_state_is_kept(tmp_path):
@@ -246,8 +265,6 @@ def test_refusals():
 
 def test_boosting_a_stage_of_a_cascade():
     """A stage is boosted on what the stage below infers, like any pair; its bound is the ELBO."""
-    from pyroboost.infer.boosting import boost
-
     below, x = VAE(6, 3, units=8).eval(), bits(300)
     above = VAE(
         3,
@@ -265,3 +282,81 @@ def test_boosting_a_stage_of_a_cascade():
     assert abs(whole.mean - report.bound.value) < 0.3
     cascade = Cascade(below, above)
     assert elbo(cascade, x, num_samples=5).value.isfinite().all()
+
+
+def upper(latent=3, **settings):
+    return VAE(
+        latent,
+        2,
+        units=8,
+        likelihood="gaussian",
+        guide=lambda encoder: BoostedFlowGuide(encoder, 2, 2, lambda d: flows.realnvp(d, 1)),
+        **settings,
+    )
+
+
+def test_boosting_draws_what_the_stage_below_infers_anew():
+    """With a transform rows are what it makes of them, drawn afresh in every epoch."""
+    below, above, x = VAE(6, 3, units=8).eval(), upper(), bits(60)
+    seen = []
+
+    def infer(*batch):
+        with torch.no_grad():
+            seen.append(below.encode(batch[0]))
+        return (seen[-1],)
+
+    torch.manual_seed(0)
+    report = boost(
+        above, x[:40], validation=x[40:], transform=infer, epochs=2, batch_size=40, finetune=0,
+        seed=0,
+    )  # fmt: skip
+    assert all(h.shape[1] == 3 for h in seen)
+    full = torch.stack([h for h in seen if len(h) == 40])
+    assert len(full) >= 4  # two epochs of two rounds
+    assert all(not torch.equal(full[0], h) for h in full[1:])
+    assert math.isfinite(report.bound.value)
+    with pytest.raises(ValueError, match="transform is for epochs="):
+        boost(above, (x,), transform=infer, steps=10)
+
+
+def test_greedy_boosts_the_stages_that_can_be():
+    """Both stages have boosted posteriors, and both are boosted; by gradients on request."""
+    torch.manual_seed(0)
+    x = bits(300)
+    first = VAE(
+        6, 3, units=8, guide=lambda e: BoostedFlowGuide(e, 3, 2, lambda d: flows.realnvp(d, 1))
+    )
+    cascade = Cascade(first, upper())
+    settings = {"validation": x[200:], "epochs": 3, "lr": 5e-3, "seed": 0}
+    found = greedy(cascade, x[:200], finetune=0, **settings)
+    for stage, report in zip(cascade, found.stages, strict=True):
+        boosting = report.fit
+        assert [r.component for r in boosting.rounds][:2] == [0, 1]
+        assert torch.allclose(
+            stage.guide.fn.components.weights, torch.tensor(boosting.weights), atol=1e-6
+        )
+    plain = greedy(cascade, x[:200], stages={1: {"method": "gradient"}}, start=1, **settings)
+    assert isinstance(plain.stages[0].fit, Fit)
+    with pytest.raises(ValueError, match=r"method 'boost' of round 0 .* holds no boosted mixture"):
+        greedy(Cascade(VAE(6, 3, units=8)), x, method="boost", epochs=1)
+
+
+def test_greedy_boosts_on_data_drawn_by_their_weights():
+    """Data of weight 0 are never seen."""
+    torch.manual_seed(0)
+    x = bits(100)
+    x[:50, 0], x[50:, 0] = 0.0, 1.0
+    pair = VAE(
+        6, 3, units=8, guide=lambda e: BoostedFlowGuide(e, 3, 2, lambda d: flows.realnvp(d, 1))
+    )
+    seen = []
+
+    def watch(module, args, _):
+        if module.training:
+            seen.append(args[0][..., 0].flatten())
+
+    pair.encoder.register_forward_hook(watch)
+    weights = torch.cat([torch.ones(50), torch.zeros(50)])
+    result = greedy(Cascade(pair), x, weights=weights, epochs=2, finetune=0, evaluate_on=50, seed=0)
+    assert result.stages[0].fit.rounds[0].verdict == "base"
+    assert float(torch.cat(seen).max()) == 0.0
