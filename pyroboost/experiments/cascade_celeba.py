@@ -129,7 +129,7 @@ def _load(run: Run, sizes: Sizes, folder: Path | None) -> tuple[Images, Tensor]:
         test_labels=none,
         shape=found.image_shape,
         words=f"CelebA, {sizes.side} x {sizes.side} in three colours, {found.notes}; "
-        f"{train.batches.num_rows:,} training and {len(test):,} test pictures, levels dequantised",
+        f"{train.batches.num_rows:,} training and {len(test):,} test images, levels dequantised",
     )
     return images, test
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from pyroboost import flows
 from pyroboost.contexts import forked_rng, stream_seed
 from pyroboost.data.grids import Grid, plane_grid
+from pyroboost.experiments.flows_toys import INTEGRAL, one_each
 from pyroboost.experiments.flows_toys_figures import Panel, density_table
 from pyroboost.experiments.record import claim, over_seeds
 from pyroboost.experiments.runner import Findings, Run
@@ -103,9 +104,18 @@ def figure1(run: Run) -> Findings:
             f"at {sizes.lr:g}",
         ],
         rows=rows,
-        shown=["NLL, test", "KL(p, q)", "weight of the left", "first centre from the middle"],
-        claims=_claims(rows),
-        notes=["the weight of the left is that of the component whose mean lies further left"],
+        shown=[
+            "NLL, test",
+            "KL(p, q)",
+            "weight of the left",
+            "first centre from the middle",
+            INTEGRAL,
+        ],
+        claims=[*_claims(rows), one_each(rows)],
+        notes=[
+            "the weight of the left is that of the component whose mean lies further left",
+            f"integral: of the model over [-6, 6]^2 in {sizes.grid}^2 cells",
+        ],
         draw=partial(density_table, rows={"": panels}, bound=6.0, size=2.2),
     )
 
@@ -156,6 +166,7 @@ def _measures(
         "KL(p, q)": (grid.divergence(log_p, log_q), None),
         "weight of the left": (float(weights[left]), None),
         "first centre from the middle": (abs(centres[0]), None),
+        INTEGRAL: (math.exp(grid.log_integral(log_q)), None),
     }
 
 

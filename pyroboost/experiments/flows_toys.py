@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyroboost import flows
 from pyroboost.contexts import forked_rng
-from pyroboost.data.grids import plane_grid
+from pyroboost.data.grids import Grid, plane_grid
 from pyroboost.data.toys import TOYS, toy
 from pyroboost.experiments.flows_toys_figures import Panel, density_table
 from pyroboost.experiments.record import claim, over_seeds
@@ -21,19 +21,24 @@ from pyroboost.experiments.runner import Findings, Run
 from pyroboost.models.flow_mixture import FlowMixture
 
 __all__ = [
+    "INTEGRAL",
     "SMOKE",
     "Sizes",
     "Trained",
     "figure4",
+    "integral",
     "kept",
     "margin",
     "num_parameters",
+    "one_each",
     "picture",
     "realnvps",
 ]
 
 MATCHES = ((8, 1), (4, 2), (2, 4))
 SINGLE = "RealNVP, K = 8"
+INTEGRAL = "integral"
+_WIDE = 8.0  # half the side of the square that is integrated over
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class Sizes:
     train: int = 5000
     validation: int = 2000
     test: int = 10_000
-    grid: int = 300
+    grid: int = 500
     picture: int = 100
 
 
@@ -124,11 +129,13 @@ def kept(
 def figure4(run: Run) -> Findings:
     """Figure 4: boosted flows against one RealNVP of as many parameters, on samples."""
     sizes = FIGURE4[run.scale]
+    grid = plane_grid(_WIDE, sizes.grid)
     rows: list[dict[str, Any]] = []
     pictures: dict[str, list[Panel]] = {}
     steps: dict[str, int] = {}
     for name in sizes.toys:
         scores: dict[str, list[tuple[float, float]]] = {}
+        masses: dict[str, list[tuple[float, float | None]]] = {}
         for seed in run.seeds:
             data = toy(name, train=sizes.train, validation=sizes.validation, test=sizes.test,
                        seed=seed)  # fmt: skip
@@ -140,12 +147,17 @@ def figure4(run: Run) -> Findings:
             for label, done in models.items():
                 value = done.model.log_marginal(test).value.detach()
                 scores.setdefault(label, []).append(_nll(value))
+                masses.setdefault(label, []).append((integral(done.model, grid), None))
                 panels.append((label, picture(done.model, sizes.picture)))
                 steps[label] = max(done.steps, steps.get(label, 0))
             pictures.setdefault(name, panels)
             said = ", ".join(f"{label} {runs[-1][0]:.3f}" for label, runs in scores.items())
             run.say(f"{name}, seed {seed}, NLL: {said}")
         rows += [over_seeds(name, label, runs, kind="exact") for label, runs in scores.items()]
+        rows += [
+            over_seeds(f"{name}, {INTEGRAL}", label, runs, kind="measure", unit="share")
+            for label, runs in masses.items()
+        ]
     counts = {
         name_of(c, k): num_parameters(realnvps(c, k, sizes, 0)) for c, k in ((1, 8), *MATCHES)
     }
@@ -164,10 +176,12 @@ def figure4(run: Run) -> Findings:
         ],
         rows=rows,
         shown=["truth", SINGLE, *(name_of(*m) for m in MATCHES)],
-        claims=_better(rows, sizes.toys),
+        claims=[*_better(rows, sizes.toys), one_each(rows)],
         notes=[
             "numbers are negative log-likelihoods per test point, so that less is better and the "
             "truth is the least that is possible",
+            f"integral: of the trained density over [-{_WIDE:g}, {_WIDE:g}]^2, by the midpoint "
+            f"rule in {sizes.grid}^2 cells",
             "gradient steps are matched, not time: a step of one small component is cheaper than "
             "one of the RealNVP, a joint step of all components dearer",
             "the recipe of boosting was chosen on eight_gaussians and two_spirals, drawn with "
@@ -201,6 +215,27 @@ def _estimated(run: Run, name: str, data: Any, sizes: Sizes, seed: int) -> dict[
 def _nll(values: Tensor) -> tuple[float, float]:
     values = values.double()
     return -float(values.mean()), float(values.std()) / math.sqrt(len(values))
+
+
+def integral(model: FlowMixture, grid: Grid) -> float:
+    """Return the mass of a trained density over a square."""
+    return math.exp(grid.log_integral(grid.evaluate(model.components.log_density)))
+
+
+def one_each(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Check that every trained density has its mass on the grid."""
+    found = [
+        (value, row["name"], row["metric"])
+        for row in rows
+        if INTEGRAL in (row["metric"], row["name"].rpartition(", ")[2])
+        for value in row.get("by_seed", [row["value"]])
+    ]
+    worst = max(found, key=lambda one: abs(one[0] - 1))
+    return claim(
+        "every trained density integrates to 1, within 0.01",
+        abs(worst[0] - 1) < 0.01,
+        f"furthest from 1: {worst[0]:.4f} ({worst[1]}, {worst[2]})",
+    )
 
 
 def picture(model: FlowMixture, steps: int) -> Tensor:

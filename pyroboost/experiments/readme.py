@@ -83,7 +83,8 @@ def _reading(one: Mapping[str, Any]) -> str:
     """Say in what unit likelihoods stand, where there are any."""
     if not any(row["unit"] == "nats" for row in one["rows"]):
         return "± are standard errors"
-    return "nats per image; ≈ marks estimates"
+    per = " per image" if "images" in one["data"] else ""
+    return f"nats{per}; ≈ marks estimates"
 
 
 def markdown(records: Iterable[Mapping[str, Any]]) -> str:

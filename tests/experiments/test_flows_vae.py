@@ -112,12 +112,15 @@ def test_verdicts_follow_differences_image_by_image():
 def test_models_of_one_decoder_are_compared_by_their_bounds():
     """Their likelihoods are the same number, whatever the estimates are."""
     found = found_with(GBF=99.0, GBF_plus=98.0)
+    lower = {**found, "GBF": replace(found["GBF"], paper=found["RealNVP"].paper - 1.0)}
     found["GBF"] = replace(found["GBF"], bound=found["RealNVP"].bound + 0.1)
     found["GBF+"] = replace(found["GBF+"], bound=found["RealNVP"].bound - 0.1)
     claims = verdicts([found], "mnist", frozen=True)
     assert [one["holds"] for one in claims[:2]] == [False, True]
-    assert claims[0]["evidence"].startswith("-ELBO of GBF is 0.100")
-    assert claims[1]["evidence"].startswith("-ELBO of GBF+ is 0.200")
+    assert claims[0]["evidence"].startswith("the mixture's -ELBO of GBF is 0.100")
+    assert claims[1]["evidence"].startswith("the mixture's -ELBO of GBF+ is 0.200")
+    assert "by the paper's bound" in claims[0]["evidence"]
+    assert "1.000 below" in verdicts([lower], "mnist", frozen=True)[0]["evidence"]
     alike = found_with(GBF=98.0, GBF_plus=98.0, RealNVP=98.0)
     assert [verdicts([alike], "frey", frozen=f)[2]["holds"] for f in (True, False)] == [True, False]
 
@@ -125,7 +128,7 @@ def test_models_of_one_decoder_are_compared_by_their_bounds():
 def test_one_component_in_use_is_no_boosting():
     claims = verdicts([found_with(used=1, GBF=90.0)], "mnist")
     assert not claims[0]["holds"]
-    assert "1 component(s) in use" in claims[0]["evidence"]
+    assert "1 component in use" in claims[0]["evidence"]
 
 
 def test_seeds_that_disagree_widen_the_error():
