@@ -72,7 +72,7 @@ def test_celeba_reads_the_users_folder(tmp_path):
         find("cascade.table1_celeba"), scale="smoke", out=tmp_path, data_folder=folder
     )
     found = record.read(path)
-    assert "20 training and 10 test pictures" in found["data"]
+    assert "20 training and 10 test images" in found["data"]
     assert any("cross-entropy on grey levels" in note for note in found["notes"])
     assert found["rows"][0]["paper"] == -6274.86
 
