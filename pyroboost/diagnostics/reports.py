@@ -114,7 +114,8 @@ class PosteriorReport:
         text = (
             f"EUBO {self.eubo}, over reference draws: above log p(x) by KL(p || q). EUBO - ELBO "
             f"{self.divergence} is the sum of both divergences and needs no evidence. EUBO lies "
-            f"{above:.3f} ± {error:.3f} above the evidence estimate."
+            f"{above:.3f} ± {error:.3f} above the evidence estimate. EUBO sees what the guide "
+            "misses and the reference has, and is blind to what the reference missed."
         )
         if above > max(1.0, 4 * error):
             text += (

@@ -74,7 +74,7 @@ class Booster(Bench):
             while failed < len(own) and not own[-1 - failed].accepted:
                 failed += 1
             if c == len(self.components):
-                return f"all {c} components are used"
+                return "no component is left to try"
             if failed >= options.failures:
                 return f"{failed} fresh starts in a row gained nothing"
             self._round(c, failed)

@@ -80,7 +80,7 @@ def test_a_step_costs_at_most_one_flow_per_component(benchmark, name, fixed):
     benchmark.extra_info.update({"ratio": ours / theirs, "ratio_to_flow_law": ours / law})
     print(
         f"\n{name}, {fixed} fixed: {1e3 * ours:.2f} ms a step, {ours / theirs:.2f} times a guide "
-        f"of Pyro with that flow (aim: at most {fixed + 1}), {ours / law:.2f} times one that "
-        "remembers its draw"
+        f"of Pyro with that flow, {ours / law:.2f} times one that remembers its draw (aim: at most "
+        f"{fixed + 1} times the faster of the two)"
     )
-    assert ours / theirs <= fixed + 1
+    assert ours / min(theirs, law) <= fixed + 1
