@@ -55,7 +55,7 @@ FLOWS: tuple[Experiment, ...] = (
         title="decoder shock, with and without blending, on Caltech-101 silhouettes",
         reference=f"{PAPER}, Figure 3",
         function=flows_vae_figure.figure3,
-        times={"smoke": "5 s", "cpu": "10 min", "paper": "days; take a GPU"},
+        times={"smoke": "5 s", "cpu": "15 min", "paper": "days; take a GPU"},
         seeds={"smoke": 1, "cpu": 1, "paper": 1},
     ),
     Experiment(
