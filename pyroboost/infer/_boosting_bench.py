@@ -114,6 +114,8 @@ class Bench:
             found = self.pair.named_trainable(*self.rows[0])
         self.components = find_components(self.pair.guide)
         self.programs = layout(self.pair, self.rows[0], self.device, self.stream("layout"))
+        flows = {id(p) for p in self.components.parameters()}
+        self.networks = any(p.requires_grad and id(p) not in flows for p in found.values())
         guide = {id(p) for p in self.pair.guide.parameters()}
         model = any(id(p) not in guide for p in found.values())
         blend = self.options.blend

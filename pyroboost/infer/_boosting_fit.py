@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pyroboost.infer._boosting_callbacks import Pace, Track, epochs_of
-from pyroboost.infer._boosting_losses import DrawnELBO, MappedELBO
+from pyroboost.infer._boosting_losses import DrawnELBO, MappedELBO, MixtureELBO
 from pyroboost.infer._boosting_pair import staged
 from pyroboost.infer._round_law import Stage
 from pyroboost.infer.batches import Batches
@@ -39,11 +39,12 @@ def train(bench: Bench, address: Sequence[Any], stage: Stage, length: int) -> Fi
     together = bench.programs.vectorized or mapped
     settings = _settings(bench, address, epochs, size, together)
     callbacks = list(settings.pop("callbacks", ()))
+    blend = 0.0 if stage.objective == "mixture" and bench.networks else bench.blend
     if name == "fine-tune":
-        stage.rate = bench.blend
-    elif name == "round" and stage.objective != "plain" and bench.blend:
+        stage.rate = blend
+    elif name == "round" and stage.objective != "plain" and blend:
         batches = Batches(data, bench.batch_size, bench.device, shuffle=False).num_batches
-        callbacks.append(Pace(stage, bench.blend, epochs, batches))
+        callbacks.append(Pace(stage, blend, epochs, batches))
     if options.track:
         callbacks.append(Track(lambda: bench.measure(stage, name)))
     return fit(
@@ -52,7 +53,7 @@ def train(bench: Bench, address: Sequence[Any], stage: Stage, length: int) -> Fi
         epochs=epochs,
         batch_size=bench.batch_size,
         validation=held_out,
-        loss=_loss(bench, name, options.particles(together), mapped),
+        loss=_loss(bench, stage, name, options.particles(together), mapped),
         callbacks=callbacks,
         seed=bench.stream("fit", *address),
         **settings,
@@ -77,12 +78,15 @@ def _settings(
     return settings
 
 
-def _loss(bench: Bench, name: str, count: int, mapped: bool) -> Any:
+def _loss(bench: Bench, stage: Stage, name: str, count: int, mapped: bool) -> Any:
     programs = bench.programs
     if name == "joint":
         return StratifiedELBO(
             count, max_plate_nesting=programs.nesting, vectorize_particles=programs.vectorized
         )
+    elbo: Any = DrawnELBO(count, programs.nesting, stacks=programs.vectorized)
     if mapped and count > 1:
-        return MappedELBO(count, programs.nesting)
-    return DrawnELBO(count, programs.nesting, stacks=programs.vectorized)
+        elbo = MappedELBO(count, programs.nesting)
+    if stage.objective != "mixture":
+        return elbo
+    return MixtureELBO(elbo, stage, bench.components, everything=bench.networks)

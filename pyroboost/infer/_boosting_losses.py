@@ -12,10 +12,11 @@ from pyro.infer import Trace_ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyroboost.distributions import Components
 from pyroboost.handlers import is_plate
-from pyroboost.infer._round_law import RoundLaw
+from pyroboost.infer._round_law import RoundLaw, Stage
 
-__all__ = ["DrawnELBO", "MappedELBO"]
+__all__ = ["DrawnELBO", "MappedELBO", "MixtureELBO"]
 
 
 class DrawnELBO(Trace_ELBO):
@@ -84,6 +85,64 @@ class MappedELBO:
     def judge(self, num_particles: int) -> MappedELBO:
         """Return the estimator of the held-out bound."""
         return MappedELBO(num_particles, self.max_plate_nesting)
+
+
+class MixtureELBO:
+    r"""The bound of the whole mixture, $\sum_c w_c E_{g_c}[\log p - \log q_w]$, for a round.
+
+    The term of the component in training has, but for the factor w_c, the gradient of that flow,
+    and a value that is not the bound's: it is the higher the more the component lies on the
+    others. So epochs are judged by all terms, and all terms train whatever else trains: encoder,
+    decoder and base learn from the draws of every component.
+
+    Args:
+        elbo: the bound of the stage's component alone.
+        stage: the stage, whose objective is "mixture".
+        components: the flows and their weights of now.
+        everything: whether all terms train, or the component's own.
+    """
+
+    def __init__(
+        self,
+        elbo: DrawnELBO | MappedELBO,
+        stage: Stage,
+        components: Components,
+        *,
+        everything: bool,
+    ) -> None:
+        self.elbo, self.stage, self.components = elbo, stage, components
+        self.everything, self.max_plate_nesting = everything, elbo.max_plate_nesting
+
+    def differentiable_loss(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any
+    ) -> Tensor:
+        """Return minus the bound, or the component's own term of it without its weight."""
+        if self.everything:
+            total: Tensor = self._sum(self.elbo.differentiable_loss, model, guide, *args)
+            return total
+        return self.elbo.differentiable_loss(model, guide, *args)
+
+    def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any) -> float:
+        """Return minus the bound as a number, without gradients."""
+        with torch.no_grad():
+            return float(self._sum(self.elbo.loss, model, guide, *args))
+
+    def judge(self, num_particles: int) -> MixtureELBO:
+        """Return the estimator of the held-out bound."""
+        return MixtureELBO(
+            self.elbo.judge(num_particles), self.stage, self.components, everything=True
+        )
+
+    def _sum(self, term: Callable[..., Any], *args: Any) -> Any:
+        own, weights = self.stage.component, self.components.mixing().detach()
+        try:
+            total: Any = 0.0
+            for c in (weights > 0).nonzero().flatten().tolist():
+                self.stage.component = c
+                total = total + float(weights[c]) * term(*args)
+        finally:
+            self.stage.component = own
+        return total
 
 
 class _placed(Messenger):

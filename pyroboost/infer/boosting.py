@@ -90,8 +90,10 @@ def boost(
         objective: ``"residual"``, the objective above (Eq. 11); ``"kl"``, where lambda scales the
             model's latent sites too, that is the whole KL (Eq. 12); ``"sampled"``, where one fixed
             component drawn for each example stands for G and is not held fixed in the base (the
-            paper's own); ``"mixture"``: G is the whole mixture with the new component in it at
-            weight 1/(k + 1), the gradient of its true bound. The first round is the plain bound.
+            paper's own); ``"mixture"``: the bound of the whole mixture with the new component in it
+            at weight 1/(k + 1). Its gradient by the new flow takes draws of that alone; where a
+            base, encoder or decoder trains too, every component is drawn from, C runs a step. The
+            first round is the plain bound.
         entropy: lambda.
         floor: log G counts for no less than so many nats below its own mean under G, taken when
             the round starts; beyond, there is no reward for going further away. They are counted
@@ -101,7 +103,8 @@ def boost(
             and the round is put back.
         blend: rate, reached linearly over a round, at which an example is drawn from G and scored
             by the ordinary bound, so that decoder and encoder remember the others; constant in
-            fine-tuning. ``None``: 0.5 if the model has parameters, else 0. With ``"kl"`` and a
+            fine-tuning. Nothing is blended for ``"mixture"``, which has the others' draws where
+            they matter. ``None``: 0.5 if the model has parameters, else 0. With ``"kl"`` and a
             lambda other than 1, all examples of a batch are blended or none.
         weights: ``"simplex"``, the largest bound over all weights on stored log densities;
             ``"line"``, over the new component's weight alone (Eq. 7); ``"gradient"`` or a
