@@ -10,7 +10,6 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Delta
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from pyroboost.contexts import service
 from pyroboost.distributions import Components
 from pyroboost.handlers import is_plate
 from pyroboost.infer._boosting_losses import DrawnELBO
+from pyroboost.infer._coupled_rows import Drawn, check_rows, is_random
 from pyroboost.infer._mixture_draws import Programs, run, run_mapped
 from pyroboost.infer._round_law import RoundLaw, Stage, at_site, scale_kl
 from pyroboost.infer.rng import isolated_rng
@@ -147,6 +147,7 @@ def layout(pair: MetaModel, batch: Sequence[Any], device: torch.device, seed: in
         _check_guided(outer, inner)
         inner.compute_log_prob()
         outer.compute_log_prob()
+    check_rows(pair, batch, device, seed)
     sites = [s for t in (inner, outer) for s in t.nodes.values() if s["type"] == "sample"]
     depths = [-f.dim for s in sites for f in s["cond_indep_stack"] if f.dim is not None]
     depths += [s["log_prob"].dim() for s in sites if "log_prob" in s]
@@ -168,7 +169,7 @@ def _agrees(
     checked = pyro.infer.util.is_validation_enabled()
     with service(single.module), isolated_rng(device, seed), pyro.validation_enabled(False):
         try:
-            drawn = _Drawn()
+            drawn = Drawn()
             each = replace(single, guide=drawn(single.guide))
             values = [run(each, args, 0, [0], None) for _ in range(3)]
             if several.mapped:
@@ -186,30 +187,16 @@ def _agrees(
     return all(_same(torch.cat([v[i] for v in values]), both[i]) for i in (0, 1))
 
 
-class _Drawn(Messenger):
-    """Remember what a guide draws at each of its random sites, run after run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.values: dict[str, list[Tensor]] = {}
-        self.event_dims: dict[str, int] = {}
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if _random(msg):
-            self.values.setdefault(msg["name"], []).append(msg["value"])
-            self.event_dims[msg["name"]] = msg["fn"].event_dim
-
-
 class _Again(Messenger):
     """Put the draws of several runs side by side, left of the plates, instead of new draws."""
 
-    def __init__(self, drawn: _Drawn, nesting: int) -> None:
+    def __init__(self, drawn: Drawn, nesting: int) -> None:
         super().__init__()
         self.drawn, self.nesting = drawn, nesting
 
     def _pyro_sample(self, msg: Any) -> None:
         name = msg["name"]
-        if _random(msg) and name in self.drawn.values:
+        if is_random(msg) and name in self.drawn.values:
             stacked = torch.stack(self.drawn.values[name])
             plates = stacked.dim() - 1 - self.drawn.event_dims[name]
             left = (1,) * (self.nesting - plates)
@@ -243,10 +230,5 @@ def _check_guided(model: Trace, guide: Trace) -> None:
 
 def _draws_once(trace: Trace) -> bool:
     """Tell whether a guide draws its boosted site and no other, outside all plates and masks."""
-    drawn = [s for s in trace.nodes.values() if s["type"] == "sample" and _random(s)]
+    drawn = [s for s in trace.nodes.values() if s["type"] == "sample" and is_random(s)]
     return len(drawn) == 1 and not drawn[0]["fn"].batch_shape and drawn[0]["mask"] is None
-
-
-def _random(site: Any) -> bool:
-    """Tell whether a guide draws at a site: not a plate, a factor or a point."""
-    return not (is_plate(site) or site["is_observed"] or isinstance(site["fn"], Delta))

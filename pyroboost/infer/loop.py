@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pyroboost.contexts import local_params
 from pyroboost.infer import checkpoint as files
+from pyroboost.infer._coupled_rows import check_rows
 from pyroboost.infer.batches import Batch, Batches
 from pyroboost.infer.callbacks import Bar, Callback, FitState, HeldInterrupt, as_callback
 from pyroboost.infer.errors import NonFiniteLoss, find_non_finite, is_finite, is_numerical
@@ -22,6 +23,7 @@ from pyroboost.infer.objectives import Annealing, bound_estimator, resolve_loss
 from pyroboost.infer.resume import load, save
 from pyroboost.infer.rng import get_rng_state, isolated_rng, set_rng_state
 from pyroboost.infer.settings import Counters, Settings, training
+from pyroboost.infer.stratified import StratifiedELBO
 from pyroboost.infer.weighting import weighed
 from pyroboost.metamodel import MetaModel
 
@@ -55,6 +57,10 @@ class Loop:
         self.optimizer = settings.optimizer(self.parameters)
         self.scheduler = settings.scheduler(self.optimizer) if settings.scheduler else None
         self.loss = resolve_loss(pair, settings.loss)
+        if settings.loss is None and isinstance(
+            getattr(self.loss, "__self__", None), StratifiedELBO
+        ):
+            check_rows(pair, first, device, seed=0)
         self.elbo = bound_estimator(pair, settings.loss, settings.num_validation_particles)
         self.annealing = Annealing(pair, settings.annealing)
         self.counters = Counters()

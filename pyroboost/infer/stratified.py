@@ -47,7 +47,9 @@ class StratifiedELBO:
     Every component of positive weight is drawn from, with its pathwise gradient, so that flows,
     base, encoder and decoder have the gradient of the true bound, and so have the weights within
     `Components.learning_weights()`; otherwise they stay. It costs one run of model and guide for
-    each of the C components, and C densities in each.
+    each of the C components, and C densities in each. All rows of the site (its batch shape) have
+    one component in a run, so rows must not act on each other given the guide's other sites, as
+    the data of a VAE do not; `boost` and `fit` look, and refuse a model that couples them.
 
     Args:
         num_particles: draws of each component.

@@ -1,5 +1,7 @@
 """The stratified bound: its value, its gradient by quadrature, weights that are learnt too."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -7,8 +9,12 @@ import torch
 from boosting_pairs import Posterior, place, rows, standard, vae
 from pyro.infer import Trace_ELBO
 
-from pyroboost import flows
-from pyroboost.infer import StratifiedELBO, fit
+from pyroboost import MetaModel, flows
+from pyroboost.distributions import Components
+from pyroboost.guides import BoostedFlowGuide
+from pyroboost.infer import StratifiedELBO, boost, fit
+from pyroboost.infer._coupled_rows import check_rows
+from pyroboost.models import VAE
 
 CENTRES, SCALES = torch.tensor([[-1.5], [1.0]]), torch.tensor([0.8, 0.7])
 GRID = torch.linspace(-20, 20, 20001)
@@ -109,3 +115,53 @@ def test_particles_and_sites_are_checked():
         StratifiedELBO(0)
     with pytest.raises(ValueError, match="no site from a BoostedFlow"):
         StratifiedELBO(max_plate_nesting=0).loss(model, model)
+
+
+class Rows(torch.nn.Module):
+    """A boosted site in a plate of two rows, and perhaps another site."""
+
+    def __init__(self, other=False):
+        super().__init__()
+        self.components, self.other = Components(lambda: flows.affine(1, spread=1.0), 2), other
+        self.components.weights[:] = torch.tensor([0.4, 0.6])
+
+    def forward(self, *_):
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 0.3)) if self.other else torch.ones(())
+        with pyro.plate("rows", 2):
+            base = dist.Normal(torch.zeros(2, 1), scale).to_event(1)
+            pyro.sample("z", self.components(base))
+
+
+def rowed(couple, other=False):
+    def model(*_):
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0)) if other else torch.ones(())
+        with pyro.plate("rows", 2):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2, 1), scale).to_event(1))[..., 0]
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor([1.0, 2.0]))
+        if couple:
+            pyro.factor("pull", -0.5 * (z[..., 0] - z[..., 1]).square())
+
+    return model
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_rows_that_act_on_each_other_are_refused(other):
+    """One component for all rows is another law than one for each, if they act on each other."""
+    with pytest.raises(ValueError, match=r"couples the rows of the boosted site.*as one vector"):
+        boost((rowed(True, other), Rows(other)), (), steps=2, seed=0)
+    found = boost((rowed(False, other), Rows(other)), (), steps=2, num_samples=20, seed=0)
+    assert math.isfinite(found.bound.value)
+    x = torch.ones(2, 1)
+    coupled = MetaModel(rowed(True, other), Rows(other), visible="x", hidden="z")
+    with pytest.raises(ValueError, match="couples the rows"):
+        fit(coupled, x, epochs=1)
+    fit(MetaModel(rowed(False, other), Rows(other), visible="x", hidden="z"), x, epochs=1)
+
+
+def test_rows_of_a_model_are_told_apart_up_to_rounding():
+    """Many rows and large numbers do not look coupled; batch norms are in eval mode."""
+    torch.manual_seed(0)
+    guide = {"guide": lambda e: BoostedFlowGuide(e, 3, 2, lambda d: flows.realnvp(d, 1))}
+    pair, x = VAE(400, 3, units=8, **guide), (torch.rand(500, 400) < 0.5).float()
+    check_rows(pair, (x,), torch.device("cpu"), 0)
+    assert pair.training
