@@ -102,7 +102,7 @@ def test_a_perfect_guide_is_judged_perfect():
     original = guides.draw
     guides.draw = lambda one, count: (u := law.sample((count,)), law.log_prob(u))
     try:
-        judged = table._judge(Exact(), lambda u: law.log_prob(u) + 3, draws, sizes)
+        judged = table._judge(Exact(), lambda u: law.log_prob(u) + 3, draws, 400.0, sizes)
     finally:
         guides.draw = original
     assert judged[table.KHAT][0] == -1.0
@@ -111,6 +111,8 @@ def test_a_perfect_guide_is_judged_perfect():
     assert judged[table.EVIDENCE][0] == pytest.approx(3.0)
     assert judged[table.MEANS][0] < 0.1
     assert judged[table.SPREADS][0] < 0.1
+    assert judged[table.WIDTHS][0] < 0.15
+    assert judged[table.MEANS][1] == pytest.approx(0.05)
 
 
 def rows_of(khat):
@@ -118,17 +120,20 @@ def rows_of(khat):
         measured(f"{name}: {guide}", metric, value, std_error=None, kind="measure")
         for name, values in khat.items()
         for guide, value in zip(table.GUIDES, values, strict=True)
-        for metric in (table.KHAT, table.BOUND, table.SPREADS)
+        for metric in (table.KHAT, table.BOUND, table.MEANS, table.WIDTHS)
     ]
 
 
 def test_verdicts_name_where_the_boosted_guide_is_not_best():
     rows = rows_of({"a": [4, 3, 2, 5, 1], "b": [4, 3, 2, 5, 1], "c": [0, 3, 2, 5, 1]})
-    khat, bound, _ = table.verdicts(rows, ("a", "b", "c"))
+    khat, bound, *_ = table.verdicts(rows, ("a", "b", "c"))
     assert khat["holds"]
-    assert khat["evidence"] == "2 of 3; not on c (AutoNormal 0.00, boosted 1.00)"
+    assert khat["evidence"] == (
+        "2 of 3, 2 of them by more than twice the error of the draws; not on c (AutoNormal 0.00, "
+        "boosted 1.00), 1 of them as clear"
+    )
     assert not bound["holds"]
-    assert bound["evidence"].startswith("0 of 3; not on a (spline coupling 5.00, boosted 1.00)")
+    assert "not on a (spline coupling 5.00, boosted 1.00)" in bound["evidence"]
 
 
 def test_verdicts_tell_what_the_errors_leave_clear():
@@ -138,3 +143,21 @@ def test_verdicts_tell_what_the_errors_leave_clear():
     ]
     khat = table.verdicts(rows, ("a", "b", "c"))[0]
     assert khat["evidence"] == "3 of 3, 1 of them by more than twice the error of the draws"
+    assert khat["holds"]
+
+
+def test_more_firsts_within_the_error_do_not_outweigh_a_clear_defeat():
+    rows = [
+        row | {"std_error": 0.4}
+        for row in rows_of({"a": [4, 3, 2, 5, 1.9], "b": [4, 3, 2, 5, 1.8], "c": [0, 3, 2, 5, 3]})
+    ]
+    khat = table.verdicts(rows, ("a", "b", "c"))[0]
+    assert not khat["holds"]
+    assert khat["evidence"].startswith("2 of 3, 0 of them")
+
+
+def test_the_noise_of_a_width_is_that_of_normal_draws():
+    draws = torch.randn(400, 2000, generator=torch.Generator().manual_seed(0)).double()
+    widths = table._width(draws)
+    spread = float((widths / widths.mean()).std())
+    assert spread == pytest.approx(table._EXACT_WIDTH / 20, rel=0.08)
