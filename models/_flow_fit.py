@@ -130,20 +130,23 @@ class Growth(Trainer):
             sample.table = dict(table)
 
     def _decide(self, kind: Kind, c: int | None, kept: _Kept) -> _Verdict:
-        """Solve the weights and say whether the fit helps."""
-        judge, new = self.judge, kept.weights.clone()
+        """Solve the weights on training data, and say whether held-out data want the fit.
+
+        Weights solved for on the data that judge would flatter the mixture there.
+        """
+        judge, train, new = self.judge, self.train, kept.weights.clone()
         table: Mapping[int, Tensor] = kept.tables[-1]
         if not table:
             new.zero_()[_one(c)] = 1.0
             return _Verdict("base", True, new)
         before, slope = log_mixture(table, new), None
         if kind == "round":
-            log_m = judge.table[_one(c)]
-            slope = slope_at_zero(before, log_m, weights=judge.weights)
-            w = best_weight(before, log_m, judge.weights)
+            slope = slope_at_zero(before, judge.table[_one(c)], weights=judge.weights)
+            log_q = log_mixture(kept.tables[0], new)
+            w = best_weight(log_q, train.table[_one(c)], train.weights)
             new *= 1 - w
             new[_one(c)] += w
-        new = solve_weights(judge.table, new, judge.weights)
+        new = solve_weights(train.table, new, train.weights)
         gain, error = mean_and_error(judge.mixed(new) - before, judge.weights)
         if slope is None:
             helps = gain > 0.0

@@ -88,7 +88,8 @@ class FlowFit:
                 f"{name:<10} {s.beta:>6.3f} {s.ess:>8.0f} {s.after:>15.3f} {gain:>16} "
                 f"{s.steps:>6} {s.seconds:>8.1f}  {s.verdict}; {weights}"
             )
-        rows.append(f"{'held-out' if self.held_out else 'training'} log-likelihoods (exact)")
+        data = "held-out" if self.held_out else "training"
+        rows.append(f"exact log-likelihoods of {data} data, which also decided: a little too high")
         if self.kept_start:
             rows.append("the start was kept: held-out data prefer it")
         return "\n".join(rows)

@@ -179,7 +179,7 @@ class FlowMixture(FiniteMixture[FlowParts]):
            size asked for. For half of its steps it is fitted to the data around one of them,
            drawn by these weights; for the other half by the exact likelihood of the mixture,
            the others fixed. Its weight is searched on the line, and then all weights are solved
-           for on the stored log densities, a concave problem. It is kept if the slope of the
+           for on the log densities of training data, a concave problem. It is kept if the slope of the
            likelihood in its weight, at 0, or the gain is above 0 by two standard errors; else it
            starts afresh.
         2. **Passes.** Each component is trained by the likelihood of the mixture, against all
@@ -189,8 +189,10 @@ class FlowMixture(FiniteMixture[FlowParts]):
 
         Held-out data decide where there are any, else training data: what does not raise their
         likelihood is put back, so that no step lowers it, and a fit that ends below its start is
-        put back as a whole. Ctrl-C, or a loss that is not finite, loses no more than the fit
-        under way.
+        put back as a whole. Since they choose epochs and steps, their likelihood ends a little
+        too high (by 0.06 nats with 200 of them and eight flows, 0.01 with 2,000): report that of
+        data that decided nothing. Ctrl-C, or a loss that is not finite, loses no more than the
+        fit under way.
 
         Args:
             data: training data, float32 or float64.  # (N, D)

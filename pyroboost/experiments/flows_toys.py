@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from scipy import stats
 from torch import Tensor
 
 from pyroboost import flows
@@ -245,14 +246,18 @@ def picture(model: FlowMixture, steps: int) -> Tensor:
 
 
 def margin(rows: list[dict[str, Any]], name: str, first: str, other: str) -> tuple[float, float]:
-    """Return how much less one number is than another, with its standard error over seeds."""
+    """Return how much less one number is than another, and half its 95 % interval over seeds.
+
+    The interval is Student's, since seeds are few; for one seed it is that of its own errors.
+    """
     found = {row["metric"]: row for row in rows if row["name"] == name}
     one, two = found[first], found[other]
     pairs = zip(two.get("by_seed", [two["value"]]), one.get("by_seed", [one["value"]]), strict=True)
     gaps = torch.tensor([b - a for b, a in pairs], dtype=torch.float64)
     if len(gaps) > 1:
-        return float(gaps.mean()), float(gaps.std()) / math.sqrt(len(gaps))
-    return float(gaps), math.hypot(one["std_error"] or 0.0, two["std_error"] or 0.0)
+        wide = float(stats.t.ppf(0.975, len(gaps) - 1))
+        return float(gaps.mean()), wide * float(gaps.std()) / math.sqrt(len(gaps))
+    return float(gaps), 1.96 * math.hypot(one["std_error"] or 0.0, two["std_error"] or 0.0)
 
 
 def _better(rows: list[dict[str, Any]], names: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -264,8 +269,9 @@ def _better(rows: list[dict[str, Any]], names: tuple[str, ...]) -> list[dict[str
         claims.append(
             claim(
                 f"{label} models every density better than a RealNVP of as many parameters",
-                all(gain > 2 * error for gain, error in gains.values()),
-                ", ".join(f"{n}: {g:.3f} ± {e:.3f} nats less" for n, (g, e) in gains.items()),
+                all(gain > half for gain, half in gains.values()),
+                ", ".join(f"{n}: {g:.3f} nats less, ± {h:.3f}" for n, (g, h) in gains.items())
+                + "; ± are Student's 95 % intervals over seeds",
             )
         )
     return claims

@@ -15,6 +15,7 @@ from pyroboost.infer import NonFiniteLoss, additive, greedy
 from pyroboost.models import VAE, FlowMixture
 from pyroboost.models._flow_fit import Growth
 from pyroboost.models._flow_options import Options
+from pyroboost.models._flow_weights import solve_weights
 
 DOUBLE = torch.float64
 SMALL = partial(flows.realnvp, steps=1, units=8, spread=0.2)
@@ -232,6 +233,27 @@ def test_components_may_differ_and_one_dimension_will_do():
     assert float(total) == pytest.approx(1.0, abs=2e-3)
     with pytest.raises(ValueError, match=r"for one dimension use flows\.spline"):
         FlowMixture(1, 2)
+
+
+def test_weights_are_those_of_training_data():
+    """Held-out data, here with other shares of the modes, judge and do not choose them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def modes(left, right):
+        x = 0.5 * torch.randn(left + right, 2, generator=generator)
+        x[:left, 0] -= 3
+        x[left:, 0] += 3
+        return x
+
+    train, held_out = modes(700, 300), modes(450, 550)
+    mixture = FlowMixture(2, 2, flows.affine)
+    report = mixture.fit(train, validation=held_out, steps=100, lr=0.05, passes=0, seed=0)
+    assert report.steps[1].verdict == "grows"
+    parts = {c: mixture.component(c).log_marginal(train).value.detach() for c in range(2)}
+    expected = solve_weights(parts, mixture.weights)
+    torch.testing.assert_close(mixture.weights.double(), expected, atol=2e-3, rtol=0)
+    others = {c: mixture.component(c).log_marginal(held_out).value.detach() for c in range(2)}
+    assert float((solve_weights(others, mixture.weights) - expected).abs().max()) > 0.01
 
 
 # What is not lost
