@@ -179,9 +179,9 @@ class FlowMixture(FiniteMixture[FlowParts]):
            size asked for. For half of its steps it is fitted to the data around one of them,
            drawn by these weights; for the other half by the exact likelihood of the mixture,
            the others fixed. Its weight is searched on the line, and then all weights are solved
-           for on the log densities of training data, a concave problem. It is kept if the slope of the
-           likelihood in its weight, at 0, or the gain is above 0 by two standard errors; else it
-           starts afresh.
+           for on the log densities of training data, a concave problem. It is kept if the slope
+           of the likelihood in its weight, at 0, or the gain is above 0 by two standard errors;
+           else it starts afresh.
         2. **Passes.** Each component is trained by the likelihood of the mixture, against all
            others, which are fixed.
         3. **Joint training** of all components by the likelihood of the mixture. Here as in passes
