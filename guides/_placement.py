@@ -133,7 +133,7 @@ def _named(name: str, dim: int) -> Flow:
     return _NAMED["spline" if dim == 1 and name in _COUPLINGS else name](dim)
 
 
-def build(make: Factory, whitening: Whitening, full: int, allow_slow: bool) -> Flow:
+def build(make: Factory, whitening: Whitening, full: int, allow_slow: bool = False) -> Flow:
     """Build a component: a new flow, then a trainable normal map, then the shared whitening.
 
     Args:

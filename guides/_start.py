@@ -53,7 +53,11 @@ def starting_points(
     drawn = []
     for _ in range(4 * (count - 1)):
         uniform = torch.empty(target.dim).uniform_(-2.0, 2.0).to(target.start)
-        drawn += [_prior_draw(target, model, sites), uniform]
+        try:
+            drawn.append(_prior_draw(target, model, sites))
+        except NotImplementedError:  # an improper prior
+            pass
+        drawn.append(uniform)
     every = torch.stack([target.start, *drawn])
     return list(every[target(every).isfinite()][:count])
 

@@ -183,10 +183,13 @@ class Target:
 
     def _seeded(self, seed: int) -> Tensor:
         with forked_rng(seed):
-            return self._single(self.start)
+            return self._score_one(self.start)
 
     def _agrees(self, way: Callable[[Tensor], Tensor]) -> bool:
-        points = torch.stack([self.start, self.start + 0.1, self.start - 0.1])
+        near = [self.start, self.start + 0.1, self.start - 0.1]
+        # Far ones too, since a model may branch; not where it cannot be evaluated.
+        far = [p for p in (self.start + 2.0, self.start - 2.0) if self._score_one(p).isfinite()]
+        points = torch.stack(near + far)
         with torch.no_grad():
             try:
                 together = way(points)
@@ -194,10 +197,30 @@ class Target:
             except (ValueError, RuntimeError, IndexError, NotImplementedError, AssertionError):
                 return False
         # Up to rounding: a share of a large total could hide a term that is counted twice.
-        largest = torch.where(apart.isfinite(), apart, 0.0).abs().max()
-        least = 1e-3 + 64 * torch.finfo(apart.dtype).eps * float(largest)
-        same = torch.isclose(together, apart, rtol=0.0, atol=least, equal_nan=True)
-        return together.shape == (3,) and bool(same.all())
+        size = torch.where(apart.isfinite(), apart, 0.0).abs()
+        size = size.maximum(size[:3].max())
+        gap = (together - apart).abs()
+        same = (gap <= 1e-3 + 64 * torch.finfo(apart.dtype).eps * size) | (together == apart)
+        same = same | (together.isnan() & apart.isnan())
+        return together.shape == (len(points),) and bool(same.all())
+
+    def complaint(self) -> str:
+        """Say what is wrong with the density at the start, in words."""
+        try:
+            trace, _ = self._trace(self.start)
+        except (ValueError, RuntimeError) as error:
+            return f"at the start: {_first_line(error)}"
+        for name, site in trace.nodes.items():
+            if site["type"] != "sample" or site_is_subsample(site):
+                continue
+            try:
+                with dist.validation_enabled(True):
+                    value = site["fn"].log_prob(site["value"])
+            except (ValueError, RuntimeError) as error:
+                return f"at the start, site '{name}': {_first_line(error)}"
+            if not bool(torch.isfinite(value).all()):
+                return f"at the start the log density of site '{name}' is not finite"
+        return "at the start itself it is finite"
 
 
 def _frames(site: dict[str, Any]) -> list[Any]:
@@ -216,6 +239,10 @@ def _terms(trace: Any) -> list[Tensor]:
         for site in trace.nodes.values()
         if site["type"] == "sample" and not site_is_subsample(site)
     ]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0].rstrip(":") if str(error) else type(error).__name__
 
 
 def _finite(value: Tensor) -> Tensor:

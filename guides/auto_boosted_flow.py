@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -23,7 +24,7 @@ from pyroboost.distributions import BoostedFlow, Components
 from pyroboost.guides._guarded import Guarded
 from pyroboost.guides._placement import Factory, Whitening, build, factories, place
 from pyroboost.guides._residual import ranked
-from pyroboost.guides._start import Candidate, candidates, starting_points
+from pyroboost.guides._start import Candidate, candidates, follow, starting_points
 from pyroboost.guides._target import Target
 
 __all__ = ["AutoBoostedFlow"]
@@ -59,7 +60,9 @@ class AutoBoostedFlow(AutoContinuous):
        plain `SVI` with `TraceEnum_ELBO`, from a starting point with unit scale; `boost` refuses
        sites that the guide does not know.
 
-    The first call on the model's arguments builds the flows, as does `load_state_dict`.
+    The first call on the model's arguments builds the flows, as does `load_state_dict`. Keep a
+    trained guide by `state_dict`, or pickle it whole; Pyro's param store holds neither weights
+    nor the frame.
 
     Args:
         model: a Pyro model.
@@ -115,7 +118,9 @@ class AutoBoostedFlow(AutoContinuous):
         if full < 0:
             raise ValueError(f"AutoBoostedFlow: full is {full}; give a dimension, or 0.")
         super().__init__(model, init_loc_fn=init_loc_fn)
-        self._program = (model,)  # hidden from nn.Module: the model's parameters are its own
+        # Hidden from nn.Module: the model's parameters are its own.
+        self._program: tuple[Callable[..., Any]] | None = (model,)
+        self.last_call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._factories = factories(flow, components)
         self.init, self.num_starts, self.full = init, num_starts, full
         self.allow_slow = allow_slow
@@ -126,7 +131,7 @@ class AutoBoostedFlow(AutoContinuous):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
-        self._refuse_subsampled()
+        self._refuse()
         start = self._init_loc()
         if "components" not in self._modules:
             self._build(self.latent_dim)
@@ -140,8 +145,16 @@ class AutoBoostedFlow(AutoContinuous):
                 f"model {self.latent_dim}; load the state of a guide for this model."
             )
 
-    def _refuse_subsampled(self) -> None:
+    def _refuse(self) -> None:
+        """Refuse latents that are not of all data, or have no density in places."""
         for name, site in self.prototype_trace.iter_stochastic_nodes():
+            if site["mask"] is not None and not bool(torch.as_tensor(site["mask"]).all()):
+                self.prototype_trace = None
+                raise NotImplementedError(
+                    f"AutoBoostedFlow: site '{name}' is masked in part, and has no density and no "
+                    "proper posterior there; mask the observed site alone (obs=..., within "
+                    "poutine.mask, in place of obs_mask=), or leave those rows out."
+                )
             for frame in site["cond_indep_stack"]:
                 if frame.full_size is not None and frame.full_size != frame.size:
                     self.prototype_trace = None
@@ -172,13 +185,15 @@ class AutoBoostedFlow(AutoContinuous):
         if not self.places:
             raise RuntimeError(
                 "AutoBoostedFlow: from none of the starts was a finite log density with finite "
-                "derivatives found; give an init_loc_fn that does, or init='none'."
+                f"derivatives found ({target.complaint()}); mend the data or the model, or give "
+                "an init_loc_fn or init='none'."
             )
         first: Any = self.places[0]
         return first
 
     def _search(self, target: Target) -> list[Candidate]:
         sites = list(self.prototype_trace.iter_stochastic_nodes())
+        assert self._program is not None
         starts = starting_points(target, self._program[0], sites, self.num_starts)
         laplace = self.init == "laplace"
         return candidates(target, starts, laplace=laplace, full=self.full)
@@ -186,6 +201,11 @@ class AutoBoostedFlow(AutoContinuous):
     def _target(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], start: Tensor, *, first: bool = False
     ) -> Target:
+        if self._program is None:
+            raise RuntimeError(
+                "AutoBoostedFlow: this guide was unpickled without its model, which could not be "
+                "pickled; load its state_dict() into a new guide for that model."
+            )
         model = self._program[0]
         if self.master is not None:
             whole = self.master()
@@ -239,6 +259,29 @@ class AutoBoostedFlow(AutoContinuous):
         posterior: BoostedFlow = components(base)
         return posterior
 
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draw all latents, as any guide of Pyro does."""
+        self.last_call = args, kwargs
+        if not pyro.settings.get("module_local_params"):
+            self._disown()
+        drawn: dict[str, Tensor] = super().forward(*args, **kwargs)
+        return drawn
+
+    def _disown(self) -> None:
+        """Drop tensors from Pyro's store that this guide's flows no longer have, or never had.
+
+        The store would hand them to SVI, which would then train what nobody uses: a flow that was
+        put in the place of another has new tensors under the old names.
+        """
+        store = pyro.get_param_store()
+        for part in ("components", "whitening", "places"):
+            if part in self._modules:
+                head = self._pyro_get_fullname(part)
+                for name, own in self._modules[part].named_parameters():
+                    held = store._params.get(f"{head}$$${name}")
+                    if held is not None and held is not own:
+                        del store[f"{head}$$${name}"]
+
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
         """Draw u as an auxiliary site."""
         law = Guarded.of(self.get_posterior(*args, **kwargs), _refuse)
@@ -265,6 +308,8 @@ class AutoBoostedFlow(AutoContinuous):
     def propose(self, c: int, *args: Any, attempt: int | None = None, **kwargs: Any) -> None:
         """Put a new flow in the place of component c and place it where the mixture falls short.
 
+        As a member of a list it takes the other members at their medians.
+
         The places tried are the modes found at the start, moments and points of the mass that
         the mixture misses, and what is found uphill of them. The one that would raise the bound
         of the mixture most is taken, and the next best when component c is proposed again.
@@ -285,12 +330,20 @@ class AutoBoostedFlow(AutoContinuous):
             if not self.places:
                 self.places.extend(one.law for one in self._search(target))
             laws: list[Any] = list(self.places)
+            if self.master is not None:  # the other members were elsewhere when these were found
+                laws += self._again(target, laws)
             found = ranked(target, self.get_posterior(), laws, self.whitening, self.full)
         if found:
             again = self._tries.get(c, 0) if attempt is None else attempt
             self._tries[c] = again + 1
             flow: Any = self.components.flows[c]
             place(flow, found[again % len(found)])
+
+    def _again(self, target: Target, laws: list[Any]) -> list[Any]:
+        """Climb from known places once more, under the density of now."""
+        laplace = self.init == "laplace"
+        found = (follow(target, law.loc, laplace=laplace, full=self.full) for law in laws)
+        return [one.law for one in found if one is not None]
 
     @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -334,13 +387,28 @@ class AutoBoostedFlow(AutoContinuous):
                 self.whitening.take(Whitening(dim, rank))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what cannot be pickled, and keep it here; Pyro's own guides lose the model."""
+        held: tuple[Any, Any] = (self.__dict__["_model"], self.__dict__["master"])
+        try:
+            state = dict(super().__getstate__())
+        finally:
+            self._model, self.master = held
+        state["last_call"] = None
+        try:
+            pickle.dumps(self._program)
+        except Exception:  # of any model: pickle's own errors, and what a __reduce__ may raise
+            state["_program"] = None
+        return state
+
     def __deepcopy__(self, memo: dict[int, Any]) -> AutoBoostedFlow:
         """Copy the guide; Pyro's own guides lose their model when they are copied."""
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        kept = {name: value for name, value in self.__dict__.items() if name != "master"}
+        left_out = ("master", "last_call")
+        kept = {name: value for name, value in self.__dict__.items() if name not in left_out}
         twin.__dict__.update(copy.deepcopy(kept, memo))
-        twin.__dict__["master"] = None
+        twin.__dict__.update(dict.fromkeys(left_out))
         return twin
 
 

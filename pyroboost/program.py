@@ -12,6 +12,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import Tensor, nn
@@ -92,6 +93,14 @@ class _Params(Messenger):
                 _register(msg["name"], held, msg["kwargs"].get("constraint", constraints.real))
 
 
+def _autoguides(fn: Any) -> list[Any]:
+    """Return the guides within a callable that run their model on their first call."""
+    from pyro.infer.autoguide import AutoGuide
+
+    parts = (part for top in find_modules(fn) for part in top.modules())
+    return [part for part in parts if isinstance(part, AutoGuide)]
+
+
 class Program(nn.Module):
     """One Pyro program, model or guide, as a module that owns its parameters.
 
@@ -117,6 +126,7 @@ class Program(nn.Module):
             )
         self.label = label
         self.fn = fn
+        self._lazy = bool(_autoguides(fn))
         if parts := [part for part in find_modules(fn) if part is not fn]:
             self.parts = nn.ModuleList(parts)
         self.owner = f"{label}{next(_serial)}"
@@ -130,6 +140,8 @@ class Program(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program."""
+        if self._lazy:
+            self._set_up(args, kwargs)
         announced = not pyro.settings.get("module_local_params") and am_i_wrapped()
         with pyro_modules(self), local_params(), _Params(self, register=announced) as params:
             result = self.fn(*args, **kwargs)
@@ -138,6 +150,23 @@ class Program(nn.Module):
                 if id(parameter) not in params.seen and parameter.requires_grad:
                     self._announce(f"{self.owner}.{name}", parameter)
         return result
+
+    def _set_up(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Let guides that look at a ``PyroModule`` on their first call do so in Pyro's own mode.
+
+        They hide the model from their modules, so that nobody prepares it for local parameters.
+        """
+        waiting = [guide for guide in _autoguides(self.fn) if guide.prototype_trace is None]
+        models = (top for guide in waiting for top in find_modules(guide.model))
+        if any(isinstance(part, PyroModule) for top in models for part in top.modules()):
+            store = pyro.get_param_store()
+            before = set(store.keys())
+            with pyro.settings.context(module_local_params=False), pyro.poutine.block():
+                self.fn(*args, **kwargs)
+            for name in set(store.keys()) - before:  # a fit leaves the store as it was
+                store._param_to_name.pop(store._params.pop(name), None)
+                store._constraints.pop(name, None)
+        self._lazy = any(guide.prototype_trace is None for guide in waiting)
 
     @staticmethod
     def _announce(name: str, parameter: nn.Parameter) -> None:

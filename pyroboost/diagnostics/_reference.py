@@ -81,16 +81,20 @@ class Reference:
 
 
 def read_reference(where: str, reference: Any, group_by_chain: bool) -> Reference:
-    """Read an MCMC, or a dict of draws, and check its chains."""
+    """Read an MCMC, ArviZ's data with a posterior, or a dict of draws, and check the chains."""
     if isinstance(reference, Reference):
         return reference
     chained = group_by_chain
     if hasattr(reference, "get_samples"):
         reference, chained = reference.get_samples(group_by_chain=True), True
+    group: Any = getattr(reference, "posterior", None)
+    if hasattr(group, "data_vars"):
+        names = [str(name) for name in group.data_vars]
+        reference, chained = {n: torch.tensor(group[n].to_numpy()) for n in names}, True
     if not isinstance(reference, Mapping) or not reference:
         raise TypeError(
-            f"{where}: the reference is {type(reference).__name__}; pass an MCMC that has run or a "
-            "dict of draws by site."
+            f"{where}: the reference is {type(reference).__name__}; pass an MCMC that has run, "
+            "ArviZ's InferenceData with a posterior, or a dict of draws by site."
         )
     chains = {
         name: (torch.as_tensor(value) if chained else torch.as_tensor(value)[None]).detach()

@@ -38,7 +38,8 @@ def _observed(sites: dict[str, Any]) -> list[str]:
     for name, site in sites.items():
         if bool(torch.as_tensor(site["scale"] != 1).any()):
             raise ValueError(
-                f"vsbc: '{name}' is scaled for a subsample; pass all the data at once."
+                f"vsbc: '{name}' is scaled, by a subsampled plate or by poutine.scale; pass all "
+                "the data at once, and a model without its scale."
             )
     return observed
 

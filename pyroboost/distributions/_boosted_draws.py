@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -112,7 +113,7 @@ def rows_of(context: Tensor | None, rows: Tensor) -> Tensor | None:
 
 
 def _few(flows: Mapping[int, Flow], points: Tensor, memory: float) -> bool:
-    count = points.shape[:-1].numel()
+    count = math.prod(points.shape[:-1])
     return count <= min(_FEW, limit_of([*flows.values()], points, memory))
 
 

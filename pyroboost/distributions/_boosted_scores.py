@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -50,7 +51,7 @@ def score_each(
 ) -> list[Tensor]:
     r"""Return :math:`\log g_c` of every flow at its own points (C, \*S, \*B, D), or at one set."""
     found: dict[int, Tensor] = {}
-    many = points.shape[1:-1].numel() > _MANY
+    many = math.prod(points.shape[1:-1]) > _MANY
     for group in alike(flows):
         for some in [[i] for i in group] if many else [group]:
             own = points if len(points) == 1 else points[some]
@@ -67,7 +68,7 @@ def _score_group(
     memory: float,
 ) -> tuple[Tensor, ...]:
     """Score flows of one shape, a block of samples at a time."""
-    limit, each = limit_of(flows, points, memory), base.batch_shape.numel()
+    limit, each = limit_of(flows, points, memory), math.prod(base.batch_shape)
     run = together(flows, inverse=True)
 
     def score(part: Tensor) -> Tensor:
@@ -76,7 +77,7 @@ def _score_group(
         return score_base(base, z0) + log_det
 
     shape = points.shape[1:-1]
-    if shape.numel() <= limit:
+    if math.prod(shape) <= limit:
         return score(points).unbind()
     samples = points.reshape(len(points), -1, *base.batch_shape, points.shape[-1])
     parts = torch.split(samples, max(1, limit // max(1, each)), 1)
@@ -107,7 +108,7 @@ def in_blocks(
 ) -> tuple[Tensor, Tensor]:
     r"""Run flows on points (C, \*S, \*B, D), at most `limit` rows at a time."""
     shape = points.shape
-    if shape[1:-1].numel() <= limit:
+    if math.prod(shape[1:-1]) <= limit:
         return run(points, context)
     rows = points.reshape(shape[0], -1, shape[-1])
     blocks = torch.split(rows, limit, 1)

@@ -189,6 +189,7 @@ def _check(item: Subject, run: Traced) -> None:
                 f"{item.name}: the guide draws '{name}', which the model does not have; remove it "
                 "or add it to the model."
             )
+        _check_mask(item, name, run.model[name]["mask"], site["mask"])
         fn, support = _base(site["fn"]), getattr(run.model[name]["fn"], "support", None)
         if auxiliary or not isinstance(fn, dist.Delta) or getattr(support, "is_discrete", False):
             continue
@@ -197,6 +198,18 @@ def _check(item: Subject, run: Traced) -> None:
                 f"{item.name}: the guide gives '{name}' one value and no density, so its draws "
                 "cannot be weighed; use a guide with a spread, such as AutoNormal."
             )
+
+
+def _check_mask(item: Subject, name: str, ours: Any, theirs: Any) -> None:
+    """Refuse a value that the guide scores and the model does not: its weight has no bound."""
+    off = torch.zeros(()) if ours is None else ~torch.as_tensor(ours, dtype=torch.bool)
+    on = torch.ones(()) if theirs is None else torch.as_tensor(theirs, dtype=torch.bool)
+    if bool((off.bool() & on.bool()).any()):
+        raise ValueError(
+            f"{item.name}: the model masks '{name}' where the guide scores it, so that no weight "
+            "or evidence of it means anything; mask the guide's site too, or the observed site "
+            "alone (within poutine.mask, in place of obs_mask=)."
+        )
 
 
 def layout(item: Subject, run: Traced, args: Sequence[Any]) -> Layout:
@@ -218,7 +231,8 @@ def layout(item: Subject, run: Traced, args: Sequence[Any]) -> Layout:
         torch.as_tensor(s["scale"] != 1).any() for s in (*sites, *run.guide.values())
     ):
         raise ValueError(
-            f"{item.name}: its densities are scaled for a subsample while data share hidden "
-            "values; pass all the data at once, without a subsample."
+            f"{item.name}: densities are scaled, by a subsampled plate or by poutine.scale, while "
+            "data share hidden values; pass all the data at once, and judge the model without its "
+            "scale."
         )
     return Layout(found.num_data, found.plate, separate)

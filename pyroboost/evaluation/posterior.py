@@ -124,10 +124,10 @@ _SEES = (
     "relied on, while averages that are not reweighted may still serve."
 )
 _BLIND = (
-    "ESS sees how many equal draws the weighted ones are worth for averages, to trust only below "
-    "that limit. Neither it nor k-hat can see a mode or region that no draw reached, so a guide "
-    "that misses one can have a small k-hat and a large ESS; nor do they say whether the model "
-    "fits the data. Read them beside the gap and predictive checks."
+    "ESS sees how many equal draws the weighted ones are worth for averages, if k-hat is below its "
+    "limit. k-hat and ESS cannot see a mode or region that no draw reached, so a guide that misses "
+    "one can have a small k-hat and a large ESS; nor do they say whether the model fits the data. "
+    "Read them beside the gap and predictive checks."
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -93,12 +94,12 @@ class Stack:
 
     def _lay(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Lay points out as (C, N, D); with R rows of context as (C, S, R, D)."""
-        dim, total = z.shape[-1], z.shape[1:-1].numel()
+        dim, total = z.shape[-1], math.prod(z.shape[1:-1])
         flat = z.reshape(self.count, total, dim)
         if not self.context or context is None:
             return flat, None
         batch = z.shape[1:-1][z.dim() - 1 - context.dim() :]
-        count, width = batch.numel(), context.shape[-1]
+        count, width = math.prod(batch), context.shape[-1]
         rows = context.expand(*batch, width).reshape(count, width)
         if count <= 1 or not total:
             return flat, rows[:1].expand(self.count, min(count, 1), width)

@@ -39,8 +39,13 @@ class Bench:
     ) -> None:
         self.options = options
         self.seed = read_seed(options)
-        if isinstance(pair, tuple):
+        if isinstance(pair, tuple) and len(pair) == 2 and all(map(callable, pair)):
             pair = MetaModel(*pair, visible="x", hidden="z")
+        if not isinstance(pair, MetaModel):
+            raise TypeError(
+                f"boost: got {type(pair).__name__} for a pair; pass a meta-model, or a tuple of a "
+                "model and a guide, such as (model, AutoBoostedFlow(model))."
+            )
         self.inner: MetaModel = pair
         self.device = fit_device(pair, options.fit.get("device"))
         pair.to(self.device)
@@ -67,7 +72,7 @@ class Bench:
                 "boost: with steps= all data are used in every step and judged by fresh draws; "
                 "leave validation and patience out, or give epochs=."
             )
-        given = data if isinstance(data, tuple | list) else (data,)
+        given = data if isinstance(data, tuple) else (data,)  # a list may be one argument
         args = [a.to(self.device) if isinstance(a, Tensor) else a for a in given]
         self.pair = MetaModel(
             Closed(pair.model, args, kwargs),

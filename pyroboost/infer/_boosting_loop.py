@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from inspect import signature
 from typing import Any
 
@@ -25,7 +26,8 @@ from pyroboost.infer._boosting_judge import (
 )
 from pyroboost.infer._boosting_pair import only, proposer
 from pyroboost.infer._boosting_report import BoostedRound, Boosting
-from pyroboost.infer._boosting_state import read_state, write_state
+from pyroboost.infer._boosting_state import forget, read_state, write_state
+from pyroboost.infer._mixture_draws import Mixed
 from pyroboost.infer._mixture_table import Table
 from pyroboost.infer._round_law import Stage
 from pyroboost.infer.errors import NonFiniteLoss, is_numerical
@@ -41,6 +43,18 @@ class Booster(Bench):
 
     def run(self) -> Boosting:
         """Grow, fine-tune and train jointly, or go on with what a checkpoint holds."""
+        start = self._snapshot()
+        try:
+            return self._run()
+        except Mixed:  # a model that must take one draw at a time after all
+            files.restore(self.pair, start[0])
+            self.components.weights.copy_(start[1])
+            self.programs = replace(self.programs, vectorized=False, mapped=False)
+            self.rounds = []
+            forget(self)
+            return self._run()
+
+    def _run(self) -> Boosting:
         options = self.options
         weights = self.components.weights
         if options.start == 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pyro
@@ -53,16 +54,31 @@ def find_components(guide: nn.Module) -> Components:
 
 
 def proposer(guide: nn.Module) -> Callable[..., Any] | None:
-    """Return the guide's own way of placing a new component, if it or a part of it has one."""
+    """Return the guide's own way of placing a new component, if it or a part of it has one.
+
+    A part, such as a member of a list or the function of a partial, is given the arguments of its
+    own last call.
+    """
     fn: Any = guide
     while isinstance(fn, Program):
         fn = fn.fn
-    owners = [fn, getattr(fn, "__self__", None)]
-    # A list of guides: the member that holds the components.
+    for owner in (fn, getattr(fn, "__self__", None)):
+        if callable(found := getattr(owner, "propose", None)):
+            return found
     for part in guide.modules():
-        owners += [part] if any(isinstance(m, Components) for m in part.children()) else []
-    found = (getattr(owner, "propose", None) for owner in owners)
-    return next((propose for propose in found if callable(propose)), None)
+        holds = any(isinstance(m, Components) for m in part.children())
+        if holds and callable(found := getattr(part, "propose", None)):
+            return partial(_proposed_again, part)
+    return None
+
+
+def _proposed_again(part: Any, c: int, *_: Any, attempt: int | None = None, **__: Any) -> None:
+    """Let a part of a guide propose, on the arguments that the guide gives it."""
+    if getattr(part, "last_call", None) is None:
+        part.components.restart(c)
+        return
+    args, kwargs = part.last_call
+    part.propose(c, *args, attempt=attempt, **kwargs)
 
 
 class _Model(nn.Module):
@@ -152,7 +168,9 @@ def layout(pair: MetaModel, batch: Sequence[Any], device: torch.device, seed: in
     depths = [-f.dim for s in sites for f in s["cond_indep_stack"] if f.dim is not None]
     depths += [s["log_prob"].dim() for s in sites if "log_prob" in s]
     nesting = max(depths, default=0)
-    single = Programs(pair.model, pair.guide, pair, nesting, False)
+    drawn = [s for s in inner.nodes.values() if s["type"] == "sample" and is_random(s)]
+    alone = drawn[0]["value"].dim() if len(drawn) == 1 else 0
+    single = Programs(pair.model, pair.guide, pair, nesting, False, alone=alone)
     if _subsampled(sites):
         return replace(single, subsampled=True)
     args = tuple(batch)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from pyroboost.infer import checkpoint as files
 from pyroboost.infer._boosting_report import BoostedRound
 from pyroboost.infer._mixture_table import Measured
 from pyroboost.infer._mixture_weights import WeightStep
+from pyroboost.infer.batches import Batches
 from pyroboost.infer.errors import CheckpointError
 
 if TYPE_CHECKING:
     from pyroboost.infer._boosting_loop import Booster
     from pyroboost.infer._boosting_settings import BoostSettings
 
-__all__ = ["read_seed", "read_state", "write_state"]
+__all__ = ["forget", "read_seed", "read_state", "write_state"]
 
 _FILE = "boosting.pt"
 _FREE = {"checkpoints", "seed", "fit", "callbacks", "progress", "device"}  # may differ in a resume
@@ -28,7 +32,42 @@ def _described(booster: Booster) -> dict[str, Any]:
     own = {name: value for name, value in options.items() if name not in _FREE}
     own["weights"] = str(own["weights"])
     given = {name: value for name, value in options["fit"].items() if name not in _FREE}
-    return {name: files.describe(value) for name, value in {**given, **own}.items()}
+    described = {name: files.describe(value) for name, value in {**given, **own}.items()}
+    return {**described, "data": _digest(booster), "parameters": _shapes(booster)}
+
+
+def _shapes(booster: Booster) -> list[Any]:
+    """Return what tells one pair from another."""
+    return [[name, list(p.shape)] for name, p in booster.inner.named_parameters()]
+
+
+def _digest(booster: Booster) -> list[Any]:
+    """Return what tells one data set from another: some rows, or all of whole data."""
+    if booster.options.whole:
+        digest = hashlib.sha256()
+        _feed(digest, [booster.own_args, booster.own_kwargs])
+        return [digest.hexdigest()[:16]]
+    found = Batches(booster.data, booster.batch_size, booster.device, shuffle=False).describe()
+    if booster.held_out:
+        held = Batches(booster.validation, booster.batch_size, booster.device, shuffle=False)
+        found += held.describe()
+    return found
+
+
+def _feed(digest: Any, value: Any) -> None:
+    if isinstance(value, Tensor):
+        kept = value.detach().cpu().contiguous()
+        digest.update(repr((tuple(kept.shape), str(kept.dtype))).encode())
+        digest.update(kept.flatten().view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, Mapping):
+        for name in sorted(value, key=repr):
+            digest.update(repr(name).encode())
+            _feed(digest, value[name])
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _feed(digest, item)
+    else:
+        digest.update(repr(files.describe(value)).encode())
 
 
 def read_seed(options: BoostSettings) -> int:
@@ -72,6 +111,14 @@ def read_state(booster: Booster) -> None:
     files.check_settings(path, kept["settings"], _described(booster))
     files.restore(booster.pair, kept["pair"])
     booster.rounds = [_round(item) for item in kept["rounds"]]
+
+
+def forget(booster: Booster) -> None:
+    """Remove what this boosting has written so far."""
+    folder = booster.options.checkpoints
+    if folder is not None:
+        for path in folder.glob("*.pt"):
+            path.unlink()
 
 
 def _round(item: dict[str, Any]) -> BoostedRound:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
@@ -21,10 +21,14 @@ from pyroboost.infer._round_law import at_site
 from pyroboost.infer.errors import NonFiniteLoss
 from pyroboost.infer.rng import isolated_rng
 
-__all__ = ["Programs", "tabulate"]
+__all__ = ["Mixed", "Programs", "tabulate"]
 
 Site = dict[str, Any]
 _BLOCK = 256  # draws that are mapped at once
+
+
+class Mixed(Exception):
+    """Draws that were taken at once have other log densities than each by itself."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class Programs:
             guide that draws nothing else.
         subsampled: whether a plate takes some of its rows: each draw of every component then sees
             the same ones, so that they compare.
+        alone: dimensions of the boosted site's value by itself, for a guide that draws nothing
+            else, so that single draws can be run again; else 0.
     """
 
     model: Callable[..., Any]
@@ -50,6 +56,7 @@ class Programs:
     vectorized: bool
     mapped: bool = False
     subsampled: bool = False
+    alone: int = 0
 
     @property
     def together(self) -> bool:
@@ -144,15 +151,44 @@ def _column(
 ) -> tuple[Tensor, ...]:
     """Return log p (S, N), log g of all (S, N, K) and the site's scale (N) of draws from c."""
     if programs.vectorized:
-        return run(programs, args, c, others, count)
+        found = run(programs, args, c, others, count)
+        _check_few(programs, args, c, others, found)
+        return found
     if programs.mapped:
         place = at_site(lambda q: _Drawn(q, c))
         with place:
             sites = poutine.trace(programs.guide).get_trace(*args).nodes
         drawn = sites[str(place.name)]["fn"].sample((count,))
-        return run_mapped(programs, args, c, others, drawn)
+        mapped = run_mapped(programs, args, c, others, drawn)
+        _check_few(programs, args, c, others, (*mapped, drawn))
+        return mapped
     rows = [run(programs, args, c, others, None) for _ in range(count)]
     return torch.cat([r[0] for r in rows]), torch.cat([r[1] for r in rows]), rows[0][2]
+
+
+def _check_few(
+    programs: Programs,
+    args: tuple[Any, ...],
+    c: int,
+    others: Sequence[int],
+    found: tuple[Tensor, ...],
+) -> None:
+    """Run the first, the middle and the last draw again, each by itself.
+
+    A model that branches on its values may go one way for all draws of the first trial and mix
+    them later.
+    """
+    if not programs.alone:
+        return
+    joint, z = found[0], found[3]
+    single = replace(programs, vectorized=False, mapped=False)
+    for s in {0, len(joint) // 2, len(joint) - 1}:
+        value = z[s].reshape(z[s].shape[-programs.alone :])
+        own = run(single, args, c, others, None, value)[0][0].double()
+        gap = (own - joint[s].double()).abs()
+        least = 1e-3 + 64 * torch.finfo(joint.dtype).eps * float(joint[s].abs().max())
+        if bool((gap > least).any()):
+            raise Mixed
 
 
 def run_mapped(

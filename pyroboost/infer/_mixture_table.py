@@ -80,11 +80,8 @@ class Table:
         Up to a constant that is the same for all components.
         """
         values = self.gamma(weights)
-        if self.over_data:
-            rows = values.mean(1)
-            return Slopes(rows.mean(-1), rows.std(-1) / math.sqrt(rows.shape[-1]))
-        rows = values.sum(-1)
-        return Slopes(rows.mean(-1), rows.std(-1) / math.sqrt(rows.shape[-1]))
+        rows = values.mean(1) if self.over_data else values.sum(-1)
+        return Slopes(rows.mean(-1), rows.std(-1) / math.sqrt(rows.shape[-1]), rows, self.over_data)
 
     def loss(self, weights: Tensor) -> tuple[float, Tensor]:
         """Return minus the bound of these very draws, and its derivative by every weight."""
@@ -113,10 +110,21 @@ class Table:
 
 
 class Slopes(NamedTuple):
-    """Numbers and their standard errors, in nats, (K) each."""
+    """Numbers and their standard errors, in nats, (K) each, with what they are means of, (K, R)."""
 
     value: Tensor
     error: Tensor
+    rows: Tensor
+    paired: bool
+
+    def combined(self, shares: Tensor) -> Measured:
+        """Return a sum of the numbers with given factors; over data its terms are paired."""
+        shares = shares.to(self.value)
+        total = float((shares * self.value).sum())
+        if not self.paired:
+            return Measured(total, float((shares * self.error).norm()))
+        each = shares @ self.rows
+        return Measured(total, float(each.std()) / math.sqrt(len(each)))
 
 
 def _measured(terms: Tensor, over_data: bool, paired: bool) -> Measured:

@@ -134,11 +134,10 @@ def descend(
     rho, steps = 1.0 / len(start), []
     for t in range(options.most):
         w = _mixed(start, new, rho)
-        value, error = draw(t).slopes(w)
         share = -start.double()
         share[new] = 1.0
-        slope = float((share * value.double()).sum())
-        steps.append(WeightStep(rho, slope, float((share * error.double()).norm())))
+        slope, error = draw(t).slopes(w).combined(share)
+        steps.append(WeightStep(rho, slope, error))
         move = -options.step / (1 + options.decay * t) * slope
         move = max(-options.largest, min(options.largest, move))
         before, rho = rho, min(1.0, max(0.0, rho + move))

@@ -16,6 +16,25 @@ def normal(*shape, loc=0.0, scale=1.0):
     return loc + scale * torch.randn(*shape)
 
 
+def test_a_reference_may_come_from_arviz():
+    import arviz as az
+
+    torch.manual_seed(0)
+    draws = {"a": normal(4, 100, loc=1.0), "b": normal(4, 100, 3)}
+    data = (
+        az.from_dict({"posterior": {n: v.numpy() for n, v in draws.items()}})
+        if (az.__version__.startswith("1"))
+        else az.from_dict({n: v.numpy() for n, v in draws.items()})
+    )
+    guide = {name: normal(*value.flatten(0, 1).shape) for name, value in draws.items()}
+    found = compare(guide, data)
+    expected = compare(guide, draws, group_by_chain=True)
+    assert torch.equal(found.sites["a"].mean_error, expected.sites["a"].mean_error)
+    assert found.mean_error == expected.mean_error
+    with pytest.raises(TypeError, match="ArviZ's InferenceData with a posterior"):
+        compare(guide, 3)
+
+
 class TestErrors:
     def test_known_shift_and_scale(self):
         reference = {"a": normal(4, 500, loc=5.0, scale=3.0), "b": normal(4, 500, 2)}

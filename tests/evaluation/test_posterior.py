@@ -136,7 +136,7 @@ class TestSharedHiddenValues:
             with pyro.plate("data", 100, subsample_size=len(x)):
                 pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
 
-        with pytest.raises(ValueError, match="scaled for a subsample"):
+        with pytest.raises(ValueError, match="subsampled plate or by poutine"):
             posterior_quality((model, shared_guide()), torch.randn(10), num_samples=30)
 
 

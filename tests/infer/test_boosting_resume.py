@@ -3,9 +3,11 @@
 import os
 
 import boosting_killed
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
-from boosting_pairs import Posterior
+from boosting_pairs import Posterior, rows, vae
 from test_boosting import modes, program
 
 from pyroboost.infer import CheckpointError, boost
@@ -54,3 +56,50 @@ def test_a_folder_of_another_call_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="written with seed 1 and this call has 2"):
         call(seed=2)
     assert call(seed=None).seed == 1
+
+
+def shifted(y):
+    z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    pyro.sample("y", dist.Normal(z, 1.0).to_event(1), obs=y)
+
+
+@pytest.mark.parametrize("way", ["whole", "list", "by name", "another guide"])
+def test_a_folder_of_other_data_is_refused(tmp_path, way):
+    """Finished rounds would be taken for these data's."""
+
+    def call(y, dim=2):
+        settings = {"steps": 5, "seed": 1, "failures": 1, "checkpoints": tmp_path}
+        torch.manual_seed(0)
+        data, model, named = (y,), shifted, {}
+        if way == "list":
+            data, model = ([y],), lambda parts: shifted(parts[0])
+        if way == "by name":
+            data, named = (), {"kwargs": {"y": y}}
+        guide = Posterior(count=dim)
+        if named:
+            guide.forward = lambda y: Posterior.forward(guide)
+        return boost((model, guide), data, **named, **settings)
+
+    y = torch.tensor([1.0, 2.0])
+    first = call(y)
+    assert call(y.clone()).bound == first.bound
+    if way == "another guide":
+        with pytest.raises(CheckpointError, match="parameters = "):
+            call(y, dim=3)
+    else:
+        with pytest.raises(CheckpointError, match="data = "):
+            call(y + 1.0)
+
+
+def test_a_folder_of_other_rows_is_refused(tmp_path):
+    def call(x, held_out):
+        torch.manual_seed(0)
+        settings = {"epochs": 1, "seed": 1, "failures": 1, "checkpoints": tmp_path}
+        return boost(vae(), x, validation=held_out, finetune=0, **settings)
+
+    x = rows(60)
+    call(x[:40], x[40:])
+    with pytest.raises(CheckpointError, match="data = "):
+        call(1.0 - x[:40], x[40:])
+    with pytest.raises(CheckpointError, match="data = "):
+        call(x[:40], 1.0 - x[40:])

@@ -15,7 +15,7 @@ from scipy.optimize import minimize
 from pyroboost import flows
 from pyroboost.infer._boosting_pair import layout
 from pyroboost.infer._mixture_draws import Programs, Rows, tabulate
-from pyroboost.infer._mixture_table import gain
+from pyroboost.infer._mixture_table import Table, gain
 from pyroboost.infer._mixture_weights import WeightDescent, descend, on_line, on_simplex
 from pyroboost.metamodel import MetaModel
 
@@ -342,3 +342,17 @@ def test_a_site_that_is_not_in_the_plate_of_the_data_is_refused():
     programs = Programs(pair.model, pair.guide, pair, 0, True)
     with pytest.raises(ValueError, match="1 rows for 5 data"):
         tabulate(programs, [(torch.zeros(5, 1),)], [0], 3, 0, over_data=True, device=CPU)
+
+
+def test_errors_of_a_slope_over_data_are_those_of_its_rows():
+    """What makes some data hard for every component cancels in the difference of components."""
+    torch.manual_seed(0)
+    hard = 20 * torch.randn(1, 1, 400)
+    joint = -hard + 0.1 * torch.randn(2, 8, 400)
+    drawn = Table(joint, torch.zeros(2, 8, 400, 2), torch.ones(400), (0, 1), over_data=True)
+    slopes = drawn.slopes(torch.tensor([0.5, 0.5]))
+    found = slopes.combined(torch.tensor([-1.0, 1.0]))
+    each = (joint[0] - joint[1]).double().mean(0)
+    assert found.value == pytest.approx(float(each.mean()), abs=1e-6)
+    assert found.error == pytest.approx(float(each.std()) / 20, rel=1e-6)
+    assert found.error < float(slopes.error.norm()) / 50
