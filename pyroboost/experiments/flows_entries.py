@@ -80,7 +80,7 @@ FLOWS: tuple[Experiment, ...] = (
         reference=f"{PAPER}, Figure 5",
         function=flows_toys_matching.figure5,
         times={"smoke": "5 s", "cpu": "25 min", "paper": "hours"},
-        seeds={"smoke": 1, "cpu": 8, "paper": 3},
+        seeds={"smoke": 1, "cpu": 8, "paper": 8},
     ),
     Experiment(
         name="flows.posteriors",

@@ -57,8 +57,8 @@ def boost(
 
     $$\mathcal{L}(w) = \sum_c w_c\, E_{g_c}\Big[\log p(x, z) - \log \sum_j w_j g_j(z)\Big],$$
 
-    is compared with that of before on other draws. A round that has not gained is put back, and so is
-    a pass that has lost more than its error: component, encoder, decoder, weights.
+    is compared with that of before on other draws. A round that has not gained is put back, and so
+    is a pass that has lost more than its error: component, encoder, decoder, weights.
 
     1. **Whole data**, ``steps=``: ``data`` are the model's arguments, each step uses all of them,
        and bounds are of the data set with errors over draws. Of a round's epochs the weights with
