@@ -144,7 +144,7 @@ def _sizes(scale: Scale) -> Sizes:
 
     On a CPU rounds are longer and fewer, so that the networks recover within each.
     """
-    sizes = replace(sizes_of("caltech", scale), frozen=False)
+    sizes = replace(sizes_of("caltech", scale), frozen=False, objective="residual")
     if scale != "cpu":
         return sizes
     return replace(sizes, components=3, epochs=100, finetune=25)

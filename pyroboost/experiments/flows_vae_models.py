@@ -170,7 +170,12 @@ def boosted(
     if sizes.frozen:
         how: dict[str, Any] = {**lengths, **_FROZEN}
     else:
-        how = {**lengths, "annealing": sizes.epochs / 4, "blend": blend}
+        how = {
+            **lengths,
+            "annealing": sizes.epochs / 4,
+            "blend": blend,
+            "objective": sizes.objective,
+        }
     with _networks(pair, still=sizes.frozen):
         report = boost(
             pair,
