@@ -130,14 +130,15 @@ def sizes_of(kind: Kind, scale: Scale) -> Sizes:
     if scale == "paper":
         units = 512 if kind in ("mnist", "omniglot") else 256
         return Sizes(first=1000, epochs=1000, units=units, patience=100)
+    # Where a step is dear, by its convolutions or since epochs are few, boosting changes the
+    # posterior alone; else the networks train with it, at the price of C runs a step.
     if kind == "frey":
-        # The convolutions make C runs a step dear: here boosting changes the posterior alone.
         return Sizes(
             first=60, epochs=30, finetune=10, frozen=True, batch_size=25, **_SMALL, **_SLIM
         )
     if kind == "caltech":
         return Sizes(first=60, epochs=30, finetune=10, **_SMALL, **_DENSE)
-    return Sizes(first=10, epochs=3, finetune=2, **_SMALL, **_DENSE)
+    return Sizes(first=10, epochs=3, finetune=2, frozen=True, **_SMALL, **_DENSE)
 
 
 @dataclass(frozen=True, eq=False)
