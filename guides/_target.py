@@ -86,17 +86,15 @@ class Target:
 
     def hessian(self, points: Tensor) -> Tensor:
         """Return the mean of the second derivatives at points (S, D), (D, D), in doubles."""
-        count = len(points)
         with torch.enable_grad():
             points = points.detach().to(self.start)
-            if self._many is not None:  # row i of each point differentiates its slope along i
-                copies = points.repeat_interleave(self.dim, 0).requires_grad_()
-                slope = _slopes(self(copies), copies, again=True)
-                along = slope.reshape(count, self.dim, self.dim).diagonal(dim1=1, dim2=2)
-                rows = _slopes(along, copies).reshape(count, self.dim, self.dim).double().mean(0)
+            if self._many is not None:
+                # No more points at once than are scored in one pass: each has D copies.
+                parts = points.split(max(1, _BLOCK // self.dim))
+                rows = torch.stack([self._hessians(part) for part in parts]).sum(0)
             else:
-                rows = torch.stack([self._hessian(point) for point in points]).double().mean(0)
-        return (rows + rows.mT) / 2
+                rows = torch.stack([self._hessian(point) for point in points]).double().sum(0)
+        return (rows + rows.mT) / (2 * len(points))
 
     def curvature(self, point: Tensor) -> Tensor:
         """Return the diagonal of the second derivatives at a point (D), in doubles.
@@ -113,6 +111,14 @@ class Target:
             slope = _slopes(self(copies), copies, again=True)
             rows = _slopes(slope * probes, copies)
         return (rows * probes).sum(0).double()
+
+    def _hessians(self, points: Tensor) -> Tensor:
+        """Return the sum of the second derivatives: row i of a point is its slope's along i."""
+        copies = points.repeat_interleave(self.dim, 0).requires_grad_()
+        slope = _slopes(self(copies), copies, again=True)
+        along = slope.reshape(len(points), self.dim, self.dim).diagonal(dim1=1, dim2=2)
+        rows = _slopes(along, copies).reshape(len(points), self.dim, self.dim)
+        return rows.double().sum(0)
 
     def _hessian(self, point: Tensor) -> Tensor:
         point = point.clone().requires_grad_()
