@@ -90,7 +90,7 @@ class Target:
             points = points.detach().to(self.start)
             if self._many is not None:
                 # No more points at once than are scored in one pass: each has D copies.
-                parts = points.split(max(1, _BLOCK // self.dim))
+                parts = torch.split(points, max(1, _BLOCK // self.dim))
                 rows = torch.stack([self._hessians(part) for part in parts]).sum(0)
             else:
                 rows = torch.stack([self._hessian(point) for point in points]).double().sum(0)
