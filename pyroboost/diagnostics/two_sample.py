@@ -125,8 +125,9 @@ def classifier_test(first: Tensor, second: Tensor, *, classifier: Any = None) ->
 
     Half of the draws train a classifier, the others are ranked by it, and the halves change
     places. Given the classifier, the labels of held-out draws are exchangeable under the
-    hypothesis, so that the Mann-Whitney test of their ranks is exact in each fold; the folds are
-    not independent, and $p = \min(1, 2 \min(p_1, p_2))$ is right whatever they share.
+    hypothesis, so that the Mann-Whitney test of their ranks (by its normal limit) holds in each
+    fold; the folds are not independent, and $p = \min(1, 2 \min(p_1, p_2))$ is right whatever
+    they share.
 
     Args:
         first: draws.  # (S, D)

@@ -74,7 +74,8 @@ class Boosting:
         held_out: whether bounds are those of held-out data.
         unit: what bounds belong to.
         seed: the seed from which everything follows.
-        bound: the bound of the mixture as it stands, in nats, on draws that decided nothing.
+        bound: the bound of the mixture as it stands, in nats, on draws that decided nothing; with
+            rows, those rows did decide, so that it is a little too high for others.
     """
 
     components: Components
