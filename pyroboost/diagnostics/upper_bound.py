@@ -53,9 +53,10 @@ def eubo(
 
     Returns:
         The bound in nats, per data set, or per datum where each has its own hidden values; its
-        error counts the effective draws of the reference (over data, their spread). Of a guide that is much too narrow a few
-        far draws of the reference make most of the bound, and the error is itself noisy and
-        mostly too small: take the bound as large, not as known to that error.
+        error counts the effective draws of the reference (over data, their spread). Of a guide
+        that is much too narrow a few far draws of the reference make most of the bound, and the
+        error is itself noisy and mostly too small: take the bound as large, not as known to that
+        error.
 
     Raises:
         ValueError: a guide that cannot score points which it did not draw, or reference draws of

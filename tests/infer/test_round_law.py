@@ -14,6 +14,7 @@ from pyroboost import flows
 from pyroboost.distributions import BoostedFlow
 from pyroboost.infer._boosting_pair import only, staged
 from pyroboost.infer._round_law import RoundLaw, Stage, at_site, pathwise
+from pyroboost.infer.objectives import Annealing
 from pyroboost.metamodel import MetaModel
 
 CENTRES = torch.tensor([[-1.0, 0.5], [1.5, 0.0], [0.3, -0.4]])
@@ -80,6 +81,30 @@ def test_loss_and_gradient_are_those_of_the_formula(kind, entropy):
     expected = by_hand(parameters, z0, kind, entropy)
     expected.backward()
     torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(found, parameters.grad)
+
+
+@pytest.mark.parametrize("kind", ["plain", "residual", "mixture"])
+def test_annealing_scales_the_fixed_density_too(kind):
+    """The bound of a lower beta has all latent terms scaled, and so has its functional gradient."""
+    guide = posterior((0.2, 0.3, 0.5) if kind == "mixture" else (0.4, 0.6, 0.0))
+    pair = MetaModel(gaussian_model, guide, visible="x", hidden="z")
+    annealing = Annealing(
+        staged(pair, guide.components, Stage(2, kind, entropy=0.6)), lambda _: 0.3
+    )
+    model, program = annealing.programs(annealing.beta(0.0))
+    torch.manual_seed(3)
+    with pyro.settings.context(module_local_params=True):
+        loss = Trace_ELBO(max_plate_nesting=0).differentiable_loss(model, program)
+        loss.backward()
+    torch.manual_seed(3)
+    z0 = standard(2).rsample()
+    parameters = torch.cat([CENTRES[2], torch.full((2,), SCALES[2].log())]).requires_grad_()
+    seen = torch.distributions.Normal(0.0, 1.0).log_prob(torch.tensor(0.3))
+    expected = 0.3 * (by_hand(parameters, z0, kind, 0.6) + seen) - seen
+    expected.backward()
+    torch.testing.assert_close(loss.detach(), expected.detach())
+    found = guide.components.flows[2].steps[0].coefficients.bias.grad
     torch.testing.assert_close(found, parameters.grad)
 
 
