@@ -38,6 +38,7 @@ class Bench:
         options: BoostSettings,
     ) -> None:
         self.options = options
+        self.digest: list[Any] | None = None  # of the data, taken where it is needed
         self.seed = read_seed(options)
         if isinstance(pair, tuple) and len(pair) == 2 and all(map(callable, pair)):
             pair = MetaModel(*pair, visible="x", hidden="z")

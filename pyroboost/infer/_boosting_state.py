@@ -33,7 +33,9 @@ def _described(booster: Booster) -> dict[str, Any]:
     own["weights"] = str(own["weights"])
     given = {name: value for name, value in options["fit"].items() if name not in _FREE}
     described = {name: files.describe(value) for name, value in {**given, **own}.items()}
-    return {**described, "data": _digest(booster), "parameters": _shapes(booster)}
+    if booster.digest is None:
+        booster.digest = _digest(booster)
+    return {**described, "data": booster.digest, "parameters": _shapes(booster)}
 
 
 def _shapes(booster: Booster) -> list[Any]:
