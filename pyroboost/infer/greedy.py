@@ -134,6 +134,7 @@ def greedy(
         ValueError: ``start`` or ``stages`` names no stage.
 
     Example:
+        >>> import torch
         >>> from pyroboost.models import VAE
         >>> bits = (torch.rand(64, 6) < 0.5).float()
         >>> pair = Cascade(VAE(6, 2, units=8), VAE(2, 2, units=8, likelihood="gaussian"))
