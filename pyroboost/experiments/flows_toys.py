@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 from pyroboost import flows
@@ -250,12 +249,14 @@ def margin(rows: list[dict[str, Any]], name: str, first: str, other: str) -> tup
 
     The interval is Student's, since seeds are few; for one seed it is that of its own errors.
     """
+    from scipy.stats import t
+
     found = {row["metric"]: row for row in rows if row["name"] == name}
     one, two = found[first], found[other]
     pairs = zip(two.get("by_seed", [two["value"]]), one.get("by_seed", [one["value"]]), strict=True)
     gaps = torch.tensor([b - a for b, a in pairs], dtype=torch.float64)
     if len(gaps) > 1:
-        wide = float(stats.t.ppf(0.975, len(gaps) - 1))
+        wide = float(t.ppf(0.975, len(gaps) - 1))
         return float(gaps.mean()), wide * float(gaps.std()) / math.sqrt(len(gaps))
     return float(gaps), 1.96 * math.hypot(one["std_error"] or 0.0, two["std_error"] or 0.0)
 
