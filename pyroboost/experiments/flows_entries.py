@@ -79,8 +79,8 @@ FLOWS: tuple[Experiment, ...] = (
         title="two short flows against a RealNVP of twice their size, on four energies",
         reference=f"{PAPER}, Figure 5",
         function=flows_toys_matching.figure5,
-        times={"smoke": "5 s", "cpu": "10 min", "paper": "hours"},
-        seeds={"smoke": 1, "cpu": 3, "paper": 3},
+        times={"smoke": "5 s", "cpu": "25 min", "paper": "hours"},
+        seeds={"smoke": 1, "cpu": 8, "paper": 8},
     ),
     Experiment(
         name="flows.posteriors",
