@@ -273,14 +273,13 @@ class AutoBoostedFlow(AutoContinuous):
         The store would hand them to SVI, which would then train what nobody uses: a flow that was
         put in the place of another has new tensors under the old names.
         """
-        store = pyro.get_param_store()
-        for part in ("components", "whitening", "places"):
-            if part in self._modules:
-                head = self._pyro_get_fullname(part)
-                for name, own in self._modules[part].named_parameters():
-                    held = store._params.get(f"{head}$$${name}")
-                    if held is not None and held is not own:
-                        del store[f"{head}$$${name}"]
+        if "components" not in self._modules:
+            return
+        store, head = pyro.get_param_store(), self._pyro_get_fullname("components")
+        for name, own in self._modules["components"].named_parameters():
+            held = store._params.get(f"{head}$$${name}")
+            if held is not None and held is not own:
+                del store[f"{head}$$${name}"]
 
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
         """Draw u as an auxiliary site."""

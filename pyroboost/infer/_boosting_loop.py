@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -46,7 +47,13 @@ class Booster(Bench):
         start = self._snapshot()
         try:
             return self._run()
-        except Mixed:  # a model that must take one draw at a time after all
+        except Mixed:
+            warnings.warn(
+                "boost: draws taken at once have other log densities than each by itself, as where "
+                "a model branches on its values; boosting starts again with one draw at a time, "
+                "which is slower.",
+                stacklevel=3,
+            )
             files.restore(self.pair, start[0])
             self.components.weights.copy_(start[1])
             self.programs = replace(self.programs, vectorized=False, mapped=False)

@@ -46,19 +46,17 @@ def train_round(
     Returns:
         What the fit returned.
     """
+    common = {
+        "validation": item.validation,
+        "weights": item.weights,
+        "validation_weights": item.validation_weights,
+        "seed": seed,
+    }
     if isinstance(item.pair, Cascade) and len(item.pair) > 1:
         from pyroboost.infer.greedy import greedy  # it calls this function in turn
 
-        return greedy(
-            item.pair,
-            item.data,
-            validation=item.validation,
-            weights=item.weights,
-            validation_weights=item.validation_weights,
-            checkpoints=None if checkpoints is None else Path(checkpoints) / item.name,
-            seed=seed,
-            **settings,
-        )
+        folder = None if checkpoints is None else Path(checkpoints) / item.name
+        return greedy(item.pair, item.data, checkpoints=folder, **common, **settings)
     own, method = item.pair.own_fit, _method(index, item, settings.pop("method", None))
     if method == "boost":
         return _boosted(item, settings, checkpoints, seed)
@@ -66,16 +64,7 @@ def train_round(
         if checkpoints is not None:
             Path(checkpoints).mkdir(parents=True, exist_ok=True)
             settings = {"checkpoint": Path(checkpoints) / f"{item.name}.pt", **settings}
-        return fit(
-            item.pair,
-            item.data,
-            validation=item.validation,
-            transform=item.transform,
-            weights=item.weights,
-            validation_weights=item.validation_weights,
-            seed=seed,
-            **settings,
-        )
+        return fit(item.pair, item.data, transform=item.transform, **common, **settings)
     assert own is not None
     size = settings.get("batch_size", 100)
     (data, *_), held_out = gather(item, item.data, size, None, seed, encode=True), None
@@ -95,12 +84,15 @@ def train_round(
 def _method(index: int, item: Round, asked: str | None) -> str:
     """Return how a pair is fitted: by its own algorithm, by boosting or by gradients."""
     pair = item.pair
-    boostable = any(isinstance(m, Components) and len(m) > 1 for m in pair.guide.modules())
+    mixtures = {id(m): m for m in pair.guide.modules() if isinstance(m, Components)}.values()
+    boostable = len(mixtures) == 1 and all(len(m) > 1 for m in mixtures)
     able = {"own": pair.own_fit is not None, "boost": boostable, "gradient": True}
     if asked is None:
-        return next(name for name, possible in able.items() if possible)
+        # Boosting is by the plain bound: a pair with an objective of its own is trained by that.
+        unasked = {**able, "boost": boostable and pair.objective() is None}
+        return next(name for name, possible in unasked.items() if possible)
     if not able.get(asked):
-        lacks = {"own": "has no algorithm of its own", "boost": "holds no boosted mixture"}
+        lacks = {"own": "has no algorithm of its own", "boost": "holds no single boosted mixture"}
         raise ValueError(
             f"boosting: method {asked!r} of round {index} is not for {type(pair).__name__}, which "
             f"{lacks.get(asked, 'does not know it')}; use "

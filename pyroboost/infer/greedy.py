@@ -104,7 +104,8 @@ def greedy(
     $h_{k-1}$ per datum. Of the settings it is given those that it takes: none of :func:`fit` for
     EM; ``lr``, ``batch_size`` and the like for one that consists of fits by gradients. A stage
     whose guide holds a mixture of several flows (``BoostedFlowGuide``) is fitted by :func:`boost`,
-    on fresh draws like any other, and the settings are those of :func:`boost`.
+    on fresh draws like any other, and the settings are those of :func:`boost`; not one with an
+    objective of its own, such as an IWAE, unless by ``{"method": "boost"}``.
 
     Args:
         cascade: the cascade; its stages are trained in place.

@@ -337,7 +337,9 @@ def test_greedy_boosts_the_stages_that_can_be():
         )
     plain = greedy(cascade, x[:200], stages={1: {"method": "gradient"}}, start=1, **settings)
     assert isinstance(plain.stages[0].fit, Fit)
-    with pytest.raises(ValueError, match=r"method 'boost' of round 0 .* holds no boosted mixture"):
+    with pytest.raises(
+        ValueError, match=r"method 'boost' of round 0 .* holds no single boosted mixture"
+    ):
         greedy(Cascade(VAE(6, 3, units=8)), x, method="boost", epochs=1)
 
 
@@ -360,3 +362,14 @@ def test_greedy_boosts_on_data_drawn_by_their_weights():
     result = greedy(Cascade(pair), x, weights=weights, epochs=2, finetune=0, evaluate_on=50, seed=0)
     assert result.stages[0].fit.rounds[0].verdict == "base"
     assert float(torch.cat(seen).max()) == 0.0
+
+
+def test_greedy_leaves_an_objective_of_its_own():
+    """An IWAE is not trained by the plain bound because its guide could be boosted."""
+    torch.manual_seed(0)
+    pair = IWAE(
+        6, 3, units=8, num_samples=3,
+        guide=lambda e: BoostedFlowGuide(e, 3, 2, lambda d: flows.realnvp(d, 1)),
+    )  # fmt: skip
+    found = greedy(Cascade(pair), bits(60), epochs=1, seed=0)
+    assert isinstance(found.stages[0].fit, Fit)
